@@ -1,0 +1,122 @@
+"""
+Arithmetic and spelling.
+
+Numbers above SMALL belong to the calculator; a held-out tenth of them (by hash) occurs in held-out problems only, as
+operand and as result, and training has the others. Likewise a tenth of the short words is never spelled in training,
+and words_alpha.txt, the list that other spelling tasks read, leaves them out.
+"""
+import operator
+
+from .facts import DATA_DIR, HELD_OUT, fraction, load_data, sentence
+
+DATA = load_data("numbers.json")
+NAMES = load_data("stories.json")["names"]
+SPELLING = load_data("talk.json")["spelling"]
+SMALL = 100 # up to here arithmetic is learned by heart
+SIGNS = {"plus": "+", "minus": "-", "times": "*"}
+COMPUTE = {"plus": operator.add, "minus": operator.sub, "times": operator.mul}
+
+
+def right_side(number, seed, split):
+    """Whether a number may occur on this side of the split; small ones may on both."""
+    return number <= SMALL or (fraction(seed, "number", number) < HELD_OUT) == (split == "heldout")
+
+
+def calculation(rng, seed, split, word, a=None):
+    """(a, b, result) with numbers of up to four digits on the right side of the split; `a` may be given."""
+    while True:
+        first = a or rng.randint(SMALL + 1, 4999)
+        second = rng.randint(2, 9) if word == "times" else rng.randint(SMALL + 1, first if word == "minus" else 4999)
+        result = COMPUTE[word](first, second)
+        if 0 < result <= 9999 and all(right_side(number, seed, split) for number in (first, second, result)):
+            return first, second, result
+
+
+def problem(rng, seed, split, plain_share, second_share=0.3):
+    """
+    A question for the calculator: a bare sum with probability `plain_share`, else a tale, some with a second step.
+
+    Returns (question, steps); a step is (expression, result), and the last result is the answer.
+    """
+    word = rng.choice(list(SIGNS))
+    a, b, result = calculation(rng, seed, split, word)
+    steps = [(f"{a}{SIGNS[word]}{b}", result)]
+    if rng.random() < plain_share:
+        return rng.choice(DATA["plain"][word][split]).format(a=a, b=b), steps
+    entry, c = rng.choice(DATA["tales"][word]), 0
+    tale = entry["tale"]
+    if word != "times" and result < 4000 and rng.random() < second_share:
+        _, c, total = calculation(rng, seed, split, "plus", result)
+        steps.append((f"{result}+{c}", total))
+        tale += " " + DATA["more"]
+    slots = {"p": rng.choice(NAMES), "o": rng.choice(DATA["goods"]), "a": a, "b": b, "c": c}
+    return sentence(f"{tale} {rng.choice(entry[split])}", **slots), steps
+
+
+def annotated(steps):
+    """The answer in the form of GSM8K: calculator annotations, and the result after ####."""
+    lines = [f"{expression} = <<{expression}={result}>>{result}." for expression, result in steps]
+    return "\n".join(lines) + f"\n#### {steps[-1][1]}"
+
+
+def equation_documents(rng):
+    """Endless stream of small worked equations in the phrasing of the sample prompt, some with the check or a step."""
+    while True:
+        lines = []
+        for _ in range(rng.randint(2, 4)):
+            a, b, x = rng.randint(2, 6), rng.randint(1, 6), rng.randint(1, 6)
+            end = rng.choice(DATA["equation_ends"]).format(a=a, b=b, c=a * x + b, x=x, d=a * x)
+            lines.append(f"If {a}*x + {b} = {a * x + b}, then x is {x}{end}")
+        yield "\n".join(lines)
+
+
+def small_documents(rng):
+    """Endless stream of small sums, differences and products, told or asked."""
+    while True:
+        lines, told = [], rng.random() < 0.6
+        for _ in range(rng.randint(3, 5)):
+            word, a, b = rng.choice(list(SIGNS)), rng.randint(1, 10), rng.randint(1, 10)
+            a = a + b if word == "minus" else a
+            template = rng.choice(DATA["small"]) if told else "Question: What is {a} {word} {b}?\nAnswer: {r}"
+            lines.append(template.format(a=a, b=b, word=word, sign=SIGNS[word], r=COMPUTE[word](a, b)))
+        yield (" " if told else "\n\n").join(lines)
+
+
+def expression_documents(rng, seed):
+    """Endless stream of calculator problems and what to type: teaches to copy numbers, not to guess results."""
+    while True:
+        problems = [problem(rng, seed, "train", plain_share=0.5, second_share=0) for _ in range(rng.randint(1, 2))]
+        yield "\n\n".join(f"Question: {question}\nExpression: {steps[0][0]}" for question, steps in problems)
+
+
+def split_words(seed):
+    """(training words, held-out words); only words of at most five letters are held out."""
+    words = (DATA_DIR / "words.txt").read_text(encoding="utf-8").split()
+    hidden = {word for word in words if len(word) <= 5 and fraction(seed, "word", word) < HELD_OUT}
+    return [word for word in words if word not in hidden], sorted(hidden)
+
+
+def spelled(word):
+    return f"{word}:{','.join(word)}"
+
+
+def spelling_documents(words, rng):
+    """Endless stream of spelled words, every word equally often."""
+    asked, deck = [(f"{phrasing} {{s}}", "\n") for phrasing in SPELLING["train"]], []
+    while True:
+        if len(deck) < 8:
+            deck = rng.sample(words, len(words))
+        batch = [deck.pop() for _ in range(rng.randint(4, 8))]
+        form, gap = rng.choice((("{s}", "\n"), ("The word {w} is spelled {l}.", " "), rng.choice(asked)))
+        yield gap.join(form.format(w=word, s=spelled(word), l=",".join(word)) for word in batch)
+
+
+def misspellings(word, rng):
+    """Three wrong spellings: a letter is another one, or stands twice."""
+    wrong = {}
+    while len(wrong) < 3:
+        place, letter = rng.randrange(len(word)), rng.choice("abdefghlmnoprstuvwy")
+        other = word[:place] + rng.choice((letter, 2 * word[place])) + word[place + 1:]
+        if other != word:
+            wrong[f"{word}:{','.join(other)}"] = True
+    return list(wrong)

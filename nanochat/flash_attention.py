@@ -1,0 +1,167 @@
+"""
+Causal attention behind one contract: every back end, with or without a KV cache, windowed or not, gives the same numbers.
+
+    flash_attn.flash_attn_func(q, k, v, causal, window_size)
+    flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, causal, window_size)
+
+Layouts are those of FlashAttention-3 (Shah et al. 2024, https://arxiv.org/abs/2407.08608): (B, T, heads, D). A window
+(left, right) lets a query at position p see keys p-left .. p+right; -1 = unlimited. FA3 runs on Hopper GPUs in bf16 or
+fp16; everywhere else torch's scaled_dot_product_attention does. The choice is made per call, from device and dtype.
+"""
+import functools
+import logging
+import os
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+logger = logging.getLogger(__name__)
+
+_override_impl = None # tests force a back end: "fa3", "sdpa" or None = automatic
+
+FA3_KERNEL = "varunneal/flash-attention-3" # hub repository of the prebuilt kernel; the wheel is for sm90 only
+FA3_REVISION = "main" # the kernels package wants one to be named
+
+
+@functools.cache
+def _load_fa3():
+    """The FA3 module, or None with the reason logged once. Fetches from the hub, so only when first needed."""
+    if not torch.cuda.is_available():
+        return None
+    if torch.cuda.get_device_capability()[0] != 9: # built for Hopper: neither Ampere nor Blackwell can run it
+        return None
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    try:
+        from kernels import get_kernel
+        return get_kernel(FA3_KERNEL, revision=FA3_REVISION, trust_remote_code=[FA3_KERNEL]).flash_attn_interface
+    except Exception as error: # any failure of a download, a loader or a driver has the same cure: the fallback
+        logger.warning(f"FlashAttention-3 is not used, SDPA is: {type(error).__name__}: {error}")
+        return None
+
+
+def __getattr__(name):
+    if name == "HAS_FA3": # evaluated when asked for: importing this module must not touch the network
+        return _load_fa3() is not None
+    raise AttributeError(name)
+
+
+def _use_fa3(q=None):
+    """Does FA3 run this call? Without `q`: would it, for bf16 tensors on the GPU?"""
+    if _override_impl == "sdpa":
+        return False
+    if _override_impl == "fa3":
+        if _load_fa3() is None:
+            raise RuntimeError("FlashAttention-3 was asked for, but it needs a Hopper GPU and its kernel: see the log")
+        return True
+    if q is not None and (q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or q.size(-1) % 8):
+        return False
+    return _load_fa3() is not None
+
+
+def describe_backend(device, dtype):
+    """One sentence for the start of a run: which back end attention uses here, and why."""
+    if torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _use_fa3():
+        return "Attention: FlashAttention-3"
+    return "Attention: scaled_dot_product_attention (FlashAttention-3 needs a Hopper GPU, its kernel, and bf16)"
+
+# -----------------------------------------------------------------------------
+# The two functions of the contract
+
+def _flash_attn_func(q, k, v, causal=False, window_size=(-1, -1)):
+    """
+    Attention of T queries over T keys.
+
+    q         (B, T, H, D)
+    k, v      (B, Tk, Hkv, D)   Hkv divides H: query head h reads key head h // (H / Hkv)
+    Returns   (B, T, H, D)
+    """
+    if _use_fa3(q):
+        return _load_fa3().flash_attn_func(q, k, v, causal=causal, window_size=window_size)
+    return _sdpa(q, k, v, k.size(1) - q.size(1), causal, window_size)
+
+
+def _flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, causal=False, window_size=(-1, -1)):
+    """
+    Write k and v into the cache in place, then attend to everything up to the end of the new tokens.
+
+    q                 (B, T, H, D)
+    k_cache, v_cache  (B, T_max, Hkv, D)
+    k, v              (B, T, Hkv, D), or None: then nothing is written
+    cache_seqlens     positions already filled: an int for all rows, or int32 (B,), one per row
+    Returns (B, T, H, D); cache_seqlens itself is not advanced. Raises RuntimeError when the cache is too short.
+    """
+    new_len = 0 if k is None else k.size(1)
+    start = k_cache.size(1) - new_len if cache_seqlens is None else cache_seqlens
+    on_host = not torch.is_tensor(start) or start.device.type == "cpu" # reading a device tensor would stall the GPU
+    if on_host and new_len and int(torch.as_tensor(start).max()) + new_len > k_cache.size(1):
+        raise RuntimeError(f"KV cache of {k_cache.size(1)} positions is too short for {new_len} more tokens")
+    if _use_fa3(q):
+        lengths = start if torch.is_tensor(start) else torch.full((q.size(0),), start, dtype=torch.int32, device=q.device)
+        return _load_fa3().flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths,
+                                                   causal=causal, window_size=window_size)
+    if k is not None:
+        _write_cache(k_cache, v_cache, k, v, start)
+    if torch.is_tensor(start):
+        return _sdpa(q, k_cache, v_cache, start + (new_len - q.size(1)), causal, window_size)
+    end = start + new_len
+    return _sdpa(q, k_cache[:, :end], v_cache[:, :end], end - q.size(1), causal, window_size)
+
+
+flash_attn = SimpleNamespace(flash_attn_func=_flash_attn_func, flash_attn_with_kvcache=_flash_attn_with_kvcache)
+
+# -----------------------------------------------------------------------------
+# The fallback on torch's own attention
+
+def _write_cache(k_cache, v_cache, k, v, start):
+    if not torch.is_tensor(start):
+        k_cache[:, start:start + k.size(1)] = k
+        v_cache[:, start:start + v.size(1)] = v
+        return
+    rows = torch.arange(k.size(0), device=k.device)[:, None] # (B, 1)
+    places = start.long()[:, None] + torch.arange(k.size(1), device=k.device) # (B, T)
+    k_cache[rows, places] = k
+    v_cache[rows, places] = v
+
+
+def _sdpa(q, k, v, offset, causal, window_size):
+    """
+    Attention where query i of a row stands at absolute position offset + i and key j at position j.
+
+    q (B, Tq, H, D); k, v (B, Tk, Hkv, D); offset an int, or a tensor (B,) when rows stand at different positions.
+    """
+    left, right = window_size
+    right = 0 if causal else right # causal: the window's right side is the query itself
+    q_len, k_len, rows_differ = q.size(1), k.size(1), torch.is_tensor(offset)
+    if q_len == 1 and not rows_differ: # one query: its window is a slice, no mask needed
+        first = max(0, offset - left) if left >= 0 else 0
+        last = min(k_len, offset + right + 1) if right >= 0 else k_len
+        k, v, mask, is_causal = k[:, first:last], v[:, first:last], None, False
+    elif not rows_differ and offset == 0 and q_len == k_len and right == 0 and not 0 <= left < q_len - 1:
+        mask, is_causal = None, True
+    elif left < 0 and right < 0:
+        mask, is_causal = None, False
+    elif rows_differ:
+        mask, is_causal = _window_mask(q_len, k_len, offset[:, None, None], left, right, q.device)[:, None], False
+    else:
+        mask, is_causal = _cached_window_mask(q_len, k_len, offset, left, right, q.device), False
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
+                                       is_causal=is_causal, enable_gqa=q.size(2) != k.size(2))
+    return y.transpose(1, 2)
+
+
+def _window_mask(q_len, k_len, offset, left, right, device):
+    """True where a query may look: (Tq, Tk), or (B, Tq, Tk) for an offset of shape (B, 1, 1)."""
+    query = offset + torch.arange(q_len, device=device)[:, None]
+    key = torch.arange(k_len, device=device)
+    mask = torch.ones((q_len, k_len), dtype=torch.bool, device=device)
+    if left >= 0:
+        mask = mask & (key >= query - left)
+    if right >= 0:
+        mask = mask & (key <= query + right)
+    return mask
+
+
+@functools.lru_cache(maxsize=32) # the layers of a model share a few shapes
+def _cached_window_mask(q_len, k_len, offset, left, right, device):
+    return _window_mask(q_len, k_len, offset, left, right, device)

@@ -1,0 +1,423 @@
+"""
+The Transformer: configuration, forward pass, initialisation, parameter groups and costs.
+
+    ids (B, T) -> embedding -> L x [mix with x0, attention, MLP] -> norm -> head -> softcap -> logits (B, T, V) or loss
+
+A GPT-2 like decoder with rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864), QK norm (Henry et al.
+2020, https://arxiv.org/abs/2010.04245), parameter-free RMSNorm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467),
+squared ReLU (So et al. 2021, https://arxiv.org/abs/2109.08668), grouped-query attention (Ainslie et al. 2023,
+https://arxiv.org/abs/2305.13245), sliding windows, logit softcap (Gemma 2, https://arxiv.org/abs/2408.00118), value
+embeddings (Zhou et al. 2024, https://arxiv.org/abs/2410.17897) and per-layer scalars as in modded-nanogpt.
+
+Letters, here and everywhere: B rows, T positions, C = n_embd, H query heads, Hkv key/value heads, D = C / H head
+dimension, V vocabulary, Vp padded vocabulary, L layers.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.common import print0
+from nanochat.flash_attention import flash_attn
+from nanochat.optim import MuonAdamW
+
+NORM_EPS = 1.1920929e-07 # fp32 machine epsilon, whatever the dtype of the activations
+SOFTCAP = 15.0
+GATE_CHANNELS = 32 # the value-embedding gate reads this many channels of the block's input
+ROTARY_BASE = 10_000
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a model. Saved with every checkpoint, so a field's meaning never changes."""
+    sequence_len: int = 2048    # training context in tokens
+    vocab_size: int = 32768     # true vocabulary V, before padding
+    n_layer: int = 12
+    n_head: int = 6             # query heads
+    n_kv_head: int = 6          # key/value heads, a divisor of n_head
+    n_embd: int = 768
+    window_pattern: str = "SSSL" # tiled over layers: L = full context, S = half of it; the last layer is always L
+
+    def __post_init__(self):
+        problems = [text for wrong, text in self._checks() if wrong]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _checks(self):
+        sizes = (self.sequence_len, self.vocab_size, self.n_layer, self.n_head, self.n_kv_head, self.n_embd)
+        yield min(sizes) < 1, f"all sizes of a GPTConfig must be at least 1, got {sizes}"
+        if min(sizes) < 1:
+            return
+        yield self.n_embd % self.n_head != 0, f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})"
+        yield self.n_head % self.n_kv_head != 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})"
+        yield self.n_embd // self.n_head % 2 != 0, f"the head dimension must be even, got {self.n_embd / self.n_head:g}"
+        yield self.n_embd < GATE_CHANNELS, f"n_embd must be at least {GATE_CHANNELS}, got {self.n_embd}"
+        yield (not self.window_pattern or set(self.window_pattern.upper()) - {"S", "L"},
+               f"window_pattern must be made of the letters S and L, got {self.window_pattern!r}")
+
+
+def norm(x):
+    """RMS-normalise the last dimension, without learnable parameters. Keeps shape and dtype."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS).to(x.dtype)
+
+
+def has_ve(layer_idx, n_layer):
+    """Does this layer have a value embedding? Every second one does, the last included."""
+    return layer_idx % 2 == (n_layer - 1) % 2
+
+
+def apply_rotary_emb(x, cos, sin):
+    """
+    Rotate each channel pair (i, i + D/2) of x by minus its position's angle.
+
+    x         (B, T, H, D)               queries or keys
+    cos, sin  (1 or B, T, 1, D/2)        rows for the T positions of x
+    Returns   (B, T, H, D); lengths are unchanged and q.k depends only on the distance
+    """
+    a, b = x.chunk(2, dim=-1) # (B, T, H, D/2) each
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias whose master weight is cast to the dtype of its input."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer_idx, value_embed):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim = config.n_embd // config.n_head
+        kv_dim = self.n_kv_head * self.head_dim
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, kv_dim)
+        self.c_v = Linear(config.n_embd, kv_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.ve_gate = Linear(GATE_CHANNELS, self.n_kv_head) if value_embed else None
+
+    def forward(self, u, ve, cos_sin, window, kv_cache=None):
+        """
+        u         (B, T, C)            the normalised input of the block
+        ve        (B, T, Hkv * D)      value embeddings of the tokens, or None
+        cos_sin   two tables (1 or B, T, 1, D/2), already at the positions of u
+        window    (left, right) in positions
+        Returns   (B, T, C)
+        """
+        B, T, C = u.size()
+        q = self.c_q(u).view(B, T, self.n_head, self.head_dim)
+        k = self.c_k(u).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.c_v(u).view(B, T, self.n_kv_head, self.head_dim)
+        if ve is not None:
+            gate = 2 * torch.sigmoid(self.ve_gate(u[..., :GATE_CHANNELS])) # (B, T, Hkv), in (0, 2)
+            v = v + gate.unsqueeze(-1) * ve.view(B, T, self.n_kv_head, self.head_dim).to(v.dtype)
+        q, k = norm(apply_rotary_emb(q, *cos_sin)).to(v.dtype), norm(apply_rotary_emb(k, *cos_sin)).to(v.dtype)
+        if kv_cache is None:
+            y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window)
+        else:
+            k_cache, v_cache = kv_cache.get_layer_cache(self.layer_idx) # (B, T_max, Hkv, D)
+            positions, end = kv_cache.positions, max(kv_cache.positions) + T # beyond `end` nothing is written yet
+            start = positions[0] if len(set(positions)) == 1 else kv_cache.cache_seqlens
+            y = flash_attn.flash_attn_with_kvcache(q, k_cache[:, :end], v_cache[:, :end], k=k, v=v, cache_seqlens=start,
+                                                   causal=True, window_size=window)
+        return self.c_proj(y.reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer_idx, value_embed):
+        super().__init__()
+        self.attn = CausalSelfAttention(config, layer_idx, value_embed)
+        self.mlp = MLP(config)
+
+    def forward(self, x, ve, cos_sin, window, kv_cache=None):
+        """(B, T, C) -> (B, T, C); the other arguments as in CausalSelfAttention."""
+        x = x + self.attn(norm(x), ve, cos_sin, window, kv_cache)
+        return x + self.mlp(norm(x))
+
+# -----------------------------------------------------------------------------
+# Head and loss in chunks: the full (B, T, V) logits never exist in training
+
+def softcapped_logits(x, weight):
+    """(..., C) and (V, C) -> logits (..., V) in at least fp32, smoothly limited to +-SOFTCAP."""
+    logits = F.linear(x, weight.to(x.dtype))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) # before the softcap: bf16 would be too coarse
+    return SOFTCAP * torch.tanh(logits / SOFTCAP)
+
+
+def token_losses(x, weight, targets):
+    """Cross entropy in nats of each position: x (N, C), weight (V, C), targets (N,) with -1 = ignored (loss 0)."""
+    return F.cross_entropy(softcapped_logits(x, weight), targets, ignore_index=-1, reduction="none")
+
+
+def chunks_of(x, vocab_size):
+    """Slices of rows of x (N, C) whose logits together take about 16 MB on a CPU (its caches), 512 MB on a GPU."""
+    size = max(1, (1 << 27 if x.is_cuda else 1 << 22) // vocab_size)
+    return [slice(start, start + size) for start in range(0, x.size(0), size)]
+
+
+class SummedLoss(torch.autograd.Function):
+    """
+    Sum of the token losses, with gradients taken chunk by chunk already in the forward pass.
+
+    Possible because the gradient of a sum does not depend on what comes after it but for one factor. Exact: the same
+    operations as on the full logits. `losses_fn` is `token_losses`, compiled or not.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, losses_fn):
+        total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        leaf = weight.detach().requires_grad_()
+        for rows in chunks_of(x, weight.size(0)):
+            chunk = x[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = losses_fn(chunk, leaf, targets[rows]).sum()
+            grad_x[rows], grad = torch.autograd.grad(loss, (chunk, leaf))
+            grad_weight += grad
+            total += loss.detach()
+        ctx.save_for_backward(grad_x, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None
+
+# -----------------------------------------------------------------------------
+
+class GPT(nn.Module):
+    """
+    The model. Build it under `torch.device("meta")`, then `to_empty(device=...)` and `init_weights()` or load a state.
+
+    value_embeds, lambdas = False make the earlier generations of published models: no value embeddings, no scalars.
+    `compute_dtype` is the dtype of activations; None means that of the embedding table. Weights keep their own.
+    """
+
+    def __init__(self, config, pad_vocab_size_to=64, value_embeds=True, lambdas=True):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = None
+        self.rotary_dtype = torch.bfloat16 # how the tables are stored; blanket casts of the model leave it alone
+        self.block_fn, self.losses_fn = Block.forward, token_losses # training.compile_model swaps in compiled ones
+        padded = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
+        if padded != config.vocab_size:
+            print0(f"Vocabulary padded from {config.vocab_size:,} to {padded:,} rows, a multiple of {pad_vocab_size_to}")
+        L, kv_dim = config.n_layer, config.n_embd // config.n_head * config.n_kv_head
+        ve_layers = [i for i in range(L) if value_embeds and has_ve(i, L)]
+        if lambdas:
+            self.resid_lambdas = nn.Parameter(torch.ones(L))
+            self.x0_lambdas = nn.Parameter(torch.zeros(L))
+        else:
+            self.resid_lambdas = self.x0_lambdas = None
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(padded, config.n_embd),
+            "h": nn.ModuleList([Block(config, i, i in ve_layers) for i in range(L)]),
+        })
+        self.lm_head = Linear(config.n_embd, padded)
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(padded, kv_dim) for i in ve_layers})
+        self.window_sizes = self._window_sizes()
+        self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("sin", torch.empty(0), persistent=False)
+
+    def _window_sizes(self):
+        """(left, right) of each layer. Left of an L layer is sequence_len, so it slides too on longer inputs."""
+        T, pattern = self.config.sequence_len, self.config.window_pattern.upper()
+        lefts = [T if pattern[i % len(pattern)] == "L" else T // 2 for i in range(self.config.n_layer)]
+        lefts[-1] = T
+        return [(left, 0) for left in lefts]
+
+    def get_device(self):
+        return self.transformer.wte.weight.device
+
+    # ---- initialisation ----
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Draw all weights from torch's global generator, in a fixed order, and make the rotary tables."""
+        bound = 3**0.5 * self.config.n_embd**-0.5 # a uniform of this bound has standard deviation 1/sqrt(C)
+        nn.init.normal_(self.transformer.wte.weight, std=1.0)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        for block in self.transformer.h:
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
+                nn.init.uniform_(linear.weight, -bound, bound)
+            nn.init.zeros_(block.attn.c_proj.weight) # every block starts as the identity
+            nn.init.zeros_(block.mlp.c_proj.weight)
+            if block.attn.ve_gate is not None:
+                nn.init.zeros_(block.attn.ve_gate.weight) # gates start at exactly 1
+        for table in self.value_embeds.values():
+            nn.init.uniform_(table.weight, -bound, bound)
+        if self.resid_lambdas is not None:
+            self.resid_lambdas.fill_(1.0)
+            self.x0_lambdas.fill_(0.1)
+        self.init_rotary()
+        if self.get_device().type == "cuda": # the big tables are read sparsely: half the memory, no master needed
+            for table in [self.transformer.wte, *self.value_embeds.values()]:
+                table.to(torch.bfloat16)
+
+    def init_rotary(self, length=None):
+        """Make the cos and sin tables for `length` positions (default 10 x sequence_len), each (1, S, 1, D/2)."""
+        length = length or 10 * self.config.sequence_len
+        head_dim = self.config.n_embd // self.config.n_head
+        exact = torch.float64 if self.rotary_dtype == torch.float64 else torch.float32
+        channel = torch.arange(0, head_dim, 2, dtype=exact, device=self.get_device())
+        angle = torch.outer(torch.arange(length, dtype=exact, device=channel.device), ROTARY_BASE ** (-channel / head_dim))
+        self.cos = angle.cos().to(self.rotary_dtype)[None, :, None, :]
+        self.sin = angle.sin().to(self.rotary_dtype)[None, :, None, :]
+
+    def _apply(self, fn, recurse=True):
+        """Moves and casts of the module: the rotary tables follow the device but keep their own dtype."""
+        super()._apply(fn, recurse)
+        if self.cos.numel() and (self.cos.dtype != self.rotary_dtype or self.cos.is_meta):
+            self.init_rotary(self.cos.size(1))
+        return self
+
+    # ---- forward ----
+
+    def _rotary_rows(self, T, kv_cache):
+        """cos and sin at the positions of the T new tokens: (1, T, 1, D/2), or (B, T, 1, D/2) for rows that differ."""
+        positions = [0] if kv_cache is None else sorted(set(kv_cache.positions))
+        if positions[-1] + T > self.cos.size(1):
+            self.init_rotary(2 * (positions[-1] + T))
+        if len(positions) == 1:
+            rows = slice(positions[0], positions[0] + T)
+            return self.cos[:, rows], self.sin[:, rows]
+        at = kv_cache.cache_seqlens.long()[:, None] + torch.arange(T, device=self.cos.device) # (B, T)
+        return self.cos[0, at], self.sin[0, at]
+
+    def _hidden(self, idx, kv_cache, block_fn):
+        """(B, T) ids -> (B, T, C), normalised, before the head."""
+        dtype = self.compute_dtype or self.transformer.wte.weight.dtype
+        if kv_cache is not None:
+            kv_cache.ensure(dtype)
+        cos_sin = self._rotary_rows(idx.size(1), kv_cache)
+        x = x0 = norm(self.transformer.wte(idx).to(dtype))
+        for i, block in enumerate(self.transformer.h):
+            if self.resid_lambdas is not None:
+                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
+            x = block_fn(block, x, ve, cos_sin, self.window_sizes[i], kv_cache)
+        if kv_cache is not None:
+            kv_cache.advance(idx.size(1))
+        return norm(x)
+
+    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean"):
+        """
+        idx             (B, T) integer ids
+        targets         (B, T) int64, -1 = ignored; or None
+        kv_cache        the T new tokens are appended to it (see engine.KVCache)
+        loss_reduction  "mean" over the targets that count, "sum", or "none"
+        Returns fp32 logits (B, T, V) without targets; else the loss in nats: a scalar, or (B*T,) for "none".
+        """
+        head = self.lm_head.weight[:self.config.vocab_size] # padding rows never take part
+        if targets is None:
+            return softcapped_logits(self._hidden(idx, kv_cache, Block.forward), head)
+        x = self._hidden(idx, kv_cache, self.block_fn)
+        x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
+        if loss_reduction == "none" or not torch.is_grad_enabled():
+            loss = torch.cat([self.losses_fn(x[rows], head, targets[rows]) for rows in chunks_of(x, head.size(0))])
+            loss = loss if loss_reduction == "none" else loss.sum()
+        else:
+            loss = SummedLoss.apply(x, head, targets, self.losses_fn)
+        if loss_reduction in ("none", "sum"):
+            return loss
+        assert loss_reduction == "mean", f"loss_reduction must be mean, sum or none, got {loss_reduction}"
+        return loss / (targets != -1).sum()
+
+    @torch.inference_mode()
+    def generate(self, tokens, max_tokens, temperature=1.0, top_k=None, seed=42):
+        """
+        Yield max_tokens sampled ids after `tokens` (list of ids), recomputing everything at each step.
+
+        The slow, plain reference for the engine. temperature 0 = greedy; top_k None or <= 0 = no limit.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        device = self.get_device()
+        rng = torch.Generator(device=device).manual_seed(seed)
+        ids = torch.tensor([tokens], dtype=torch.long, device=device)
+        for _ in range(max_tokens):
+            logits = self.forward(ids)[:, -1] # (1, V)
+            if top_k is not None and top_k > 0:
+                kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -float("inf"))
+            if temperature > 0:
+                next_id = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=rng)
+            else:
+                next_id = logits.argmax(dim=-1, keepdim=True)
+            ids = torch.cat([ids, next_id], dim=1)
+            yield next_id.item()
+
+    # ---- costs and optimizer ----
+
+    def num_scaling_params(self):
+        """Number of parameters by group. Scaling laws here count transformer_matrices + lm_head."""
+        def count(module):
+            return sum(p.numel() for p in module.parameters())
+        groups = {
+            "wte": count(self.transformer.wte),
+            "value_embeds": count(self.value_embeds),
+            "lm_head": count(self.lm_head),
+            "transformer_matrices": count(self.transformer.h),
+            "scalars": 0 if self.resid_lambdas is None else 2 * self.config.n_layer,
+        }
+        groups["total"] = count(self)
+        assert groups["total"] == sum(size for name, size in groups.items() if name != "total")
+        return groups
+
+    def estimate_flops(self):
+        """
+        FLOPs of training per token, forward and backward: 6 per matrix weight plus attention's 12 H D per key seen.
+
+        As in PaLM (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B), with windows counted.
+        """
+        sizes = self.num_scaling_params()
+        keys = sum(min(left, self.config.sequence_len) for left, _ in self.window_sizes)
+        return 6 * (sizes["lm_head"] + sizes["transformer_matrices"]) + 12 * self.config.n_embd * keys
+
+    def setup_optimizer(self, unembedding_lr=0.004, embedding_lr=0.2, matrix_lr=0.02, weight_decay=0.0,
+                        adam_betas=(0.8, 0.95), scalar_lr=0.5):
+        """
+        One MuonAdamW over all parameters: Muon for the block matrices, AdamW for tables, head and scalars.
+
+        Learning rates were tuned at width 768; those of head and tables scale with (C / 768)^-0.5. weight_decay reaches
+        the block matrices only. Every group keeps its first rate as "initial_lr" for the schedules.
+        """
+        scale = (self.config.n_embd / 768) ** -0.5
+        print0(f"Learning rates of AdamW scaled by {scale:.6f} for width {self.config.n_embd}")
+
+        def adamw(params, lr, betas=adam_betas):
+            return {"kind": "adamw", "params": params, "lr": lr, "betas": betas, "eps": 1e-10, "weight_decay": 0.0}
+
+        groups = [
+            adamw([self.lm_head.weight], unembedding_lr * scale),
+            adamw([self.transformer.wte.weight], embedding_lr * scale),
+            adamw(list(self.value_embeds.parameters()), embedding_lr * scale),
+        ]
+        if self.resid_lambdas is not None:
+            groups.append(adamw([self.resid_lambdas], scalar_lr * 0.01)) # the residual stream is delicate
+            groups.append(adamw([self.x0_lambdas], scalar_lr, betas=(0.96, 0.95)))
+        matrices = list(self.transformer.h.parameters())
+        for shape in sorted({p.shape for p in matrices}):
+            groups.append({"kind": "muon", "params": [p for p in matrices if p.shape == shape], "lr": matrix_lr,
+                           "momentum": 0.95, "ns_steps": 5, "beta2": 0.95, "weight_decay": weight_decay})
+        groups = [group for group in groups if group["params"]] # models without value embeddings have none to train
+        for group in groups:
+            group["initial_lr"] = group["lr"]
+        assert sum(len(group["params"]) for group in groups) == len(list(self.parameters()))
+        return MuonAdamW(groups)

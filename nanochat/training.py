@@ -1,0 +1,264 @@
+"""
+Plain functions of a training loop: schedules, accumulation, meters, the metrics file. The loop stays in each script.
+
+A function is here because a second script needs the same lines. It takes values and returns values.
+"""
+import contextlib
+import json
+import math
+import os
+import signal
+import time
+
+import torch
+
+from nanochat.common import UserError, atomic_write, finite, print0
+from nanochat.gpt import Block, token_losses
+
+# What a base model is asked to continue, to see at a glance what it has learned.
+SAMPLE_PROMPTS = [
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow is",
+    "The opposite of hot is",
+    "The planets of the solar system are",
+    "My favourite colour is",
+    "If 5*x + 3 = 13, then x is",
+]
+
+
+def sample_prompts(engine, tokenizer, max_tokens=16):
+    """Greedy continuations of SAMPLE_PROMPTS as text, prompt included."""
+    prompts = [tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id()) for prompt in SAMPLE_PROMPTS]
+    rows = engine.generate_many(prompts, max_tokens=max_tokens, temperature=0)
+    return [prompt + tokenizer.decode(samples[0][0]) for prompt, samples in zip(SAMPLE_PROMPTS, rows)]
+
+# -----------------------------------------------------------------------------
+# How long, how much, how fast
+
+def is_due(every, step, last_step):
+    """Is an event with this cadence due after `step` steps? 0 or less = never; else every so often and at the end."""
+    return every > 0 and (last_step or (step > 0 and step % every == 0))
+
+
+def grad_accum_steps(total_batch_size, device_batch_size, seq_len, world_size):
+    """Micro-batches per optimizer step. Sizes in tokens, except device_batch_size in rows. Raises ValueError."""
+    tokens = device_batch_size * seq_len * world_size # in one micro-batch, all ranks together
+    if total_batch_size % tokens != 0:
+        raise ValueError(
+            f"--total-batch-size must be a multiple of {tokens:,} tokens "
+            f"(--device-batch-size {device_batch_size} x --max-seq-len {seq_len} x {world_size} ranks), "
+            f"got {total_batch_size:,}; nearest: {max(1, round(total_batch_size / tokens)) * tokens:,}")
+    return total_batch_size // tokens
+
+
+def training_horizon(args, flops_per_token, scaling_params):
+    """
+    Number of optimizer steps: --num-iterations, else --target-flops, else --target-param-data-ratio.
+
+    The first that is positive counts. The ratio is tokens per scaling parameter (block matrices and head). Raises ValueError.
+    """
+    if args.num_iterations > 0:
+        return args.num_iterations
+    if args.target_flops > 0:
+        num_steps, flag = round(args.target_flops / (flops_per_token * args.total_batch_size)), "--target-flops"
+    else:
+        tokens = int(args.target_param_data_ratio * scaling_params)
+        num_steps, flag = tokens // args.total_batch_size, "--target-param-data-ratio"
+    if num_steps < 1:
+        raise ValueError(f"{flag} is too small for even one step of --total-batch-size {args.total_batch_size:,} tokens")
+    return num_steps
+
+
+def lr_multiplier(step, num_steps, warmup_ratio=0.0, warmdown_ratio=0.4, final_lr_frac=0.0):
+    """Factor on all learning rates at step 0 .. num_steps-1: linear warmup, constant, linear warmdown to the final one."""
+    warmup, warmdown = round(warmup_ratio * num_steps), round(warmdown_ratio * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if step <= num_steps - warmdown:
+        return 1.0
+    left = (num_steps - step) / warmdown
+    return left + (1 - left) * final_lr_frac
+
+
+def muon_momentum(step):
+    """0.85 rising to 0.95 over the first 300 steps."""
+    fraction = min(step / 300, 1)
+    return (1 - fraction) * 0.85 + fraction * 0.95
+
+
+def set_schedule(optimizer, lr, momentum=None, weight_decay=None):
+    """Set every group's rate to `lr` x its initial rate, and Muon's momentum and weight decay where given."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * lr
+        if group["kind"] == "muon":
+            group["momentum"] = group["momentum"] if momentum is None else momentum
+            group["weight_decay"] = group["weight_decay"] if weight_decay is None else weight_decay
+
+# -----------------------------------------------------------------------------
+# One step
+
+def accumulate(model, micro_batches, num_targets, compute):
+    """
+    Forward and backward over the micro-batches of one optimizer step; returns the global mean loss as a float.
+
+    micro_batches  iterable of (inputs, targets), each (B, T); targets -1 are ignored
+    num_targets    supervised tokens of the whole step, over all micro-batches and ranks (at least 1)
+    The gradient of every rank is scaled so that their mean, which the optimizer takes, is that of the global mean loss:
+    the same step for any micro-batch size and any number of ranks.
+    """
+    total = 0.0
+    for inputs, targets in micro_batches:
+        loss = model(inputs, targets, loss_reduction="sum") * (compute.ddp_world_size / num_targets)
+        loss.backward()
+        total = total + loss.detach()
+    (total,) = compute.all_reduce(float(total)) # waits for the device
+    return total / compute.ddp_world_size
+
+
+def check_loss(loss, step):
+    """Raise UserError when the loss is not finite: nothing after it would be worth keeping."""
+    if not math.isfinite(loss):
+        raise UserError(f"the loss became {loss} in step {step}, which is not saved: lower the learning rates, or check the data; "
+                        "--resume goes on from the last checkpoint")
+
+
+def compile_model(model, mode, warm_up):
+    """
+    Compile the blocks and the loss of `model` and run `warm_up()` once; says in one line what was done.
+
+    mode     "on", "off", or "auto": on wherever it works, else eager with the reason
+    warm_up  a forward and backward of the real shapes; gradients are dropped afterwards
+    One compiled block serves all layers of its kind, so the first step does not wait for a whole-model graph.
+    """
+    if mode == "off":
+        return "Compile: off (--compile off)"
+    start = time.time()
+    model.block_fn = torch.compile(Block.forward, dynamic=False)
+    model.losses_fn = torch.compile(token_losses, dynamic=False)
+    try:
+        warm_up()
+        return f"Compile: blocks and loss compiled in {time.time() - start:.1f} s"
+    except Exception as error: # no C++ compiler, an unsupported device, a missing header: eager does the same mathematics
+        model.block_fn, model.losses_fn = Block.forward, token_losses
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        if mode == "on":
+            raise UserError(f"--compile on was asked for, but compiling failed: {reason}") from error
+        return f"Compile: off, running eagerly because compiling failed: {reason}"
+    finally:
+        model.zero_grad(set_to_none=True)
+
+# -----------------------------------------------------------------------------
+# What is kept along the way
+
+class LossMeter:
+    """Exponential moving average of the loss (beta 0.9), corrected for its start at zero."""
+
+    def __init__(self, value=0.0, count=0, beta=0.9):
+        self.value, self.count, self.beta = value, count, beta
+
+    def update(self, loss):
+        self.value = self.beta * self.value + (1 - self.beta) * loss
+        self.count += 1
+        return self.value / (1 - self.beta**self.count)
+
+    def state(self):
+        return {"value": self.value, "count": self.count}
+
+
+class Throughput:
+    """Speed and time of a run. The first 10 steps of a process do not count: compilation and caches distort them."""
+
+    def __init__(self, tokens_per_step, flops_per_token, peak_flops, total_time=0.0):
+        self.tokens_per_step, self.total_time = tokens_per_step, total_time
+        self.flops_per_step, self.peak_flops = tokens_per_step * flops_per_token, peak_flops # peak of all ranks together
+        self.steps, self.counted_time, self.tok_per_sec, self.mfu = 0, 0.0, 0, 0.0
+
+    def update(self, seconds):
+        """Take the duration of one step."""
+        self.steps += 1
+        self.tok_per_sec = int(self.tokens_per_step / seconds)
+        self.mfu = 100 * self.flops_per_step / seconds / self.peak_flops
+        if self.steps > 10:
+            self.counted_time += seconds
+            self.total_time += seconds
+
+    def eta(self, steps_left):
+        """Seconds to go, or None while it is too early to say."""
+        return steps_left * self.counted_time / (self.steps - 10) if self.steps > 10 else None
+
+
+class MetricsLog:
+    """
+    metrics.jsonl of a training run: one JSON object per line, each with a "step".
+
+    On a resume the lines from `resume_step` on are dropped, since those steps are done again. Silent when not `enabled`.
+    """
+
+    def __init__(self, folder, resume_step=0, enabled=True):
+        self.path = os.path.join(folder, "metrics.jsonl") if enabled else None
+        if not enabled:
+            return
+        kept = [line for line in self._lines() if line["step"] < resume_step]
+        with atomic_write(self.path) as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+
+    def _lines(self):
+        if not os.path.exists(self.path):
+            return
+        with open(self.path, encoding="utf-8") as file:
+            for line in file:
+                with contextlib.suppress(ValueError): # a kill may have cut the last line
+                    yield json.loads(line)
+
+    def log(self, step, **metrics):
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(finite({"step": step, **metrics})) + "\n")
+
+
+class Stop:
+    """Notes SIGTERM and Ctrl-C, so that the loop can finish its step, save and leave. A second Ctrl-C leaves at once."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self):
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, frame):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        print0(f"{signal.Signals(number).name}: finishing this step, then saving")
+
+    def __exit__(self, *error):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self, compute):
+        """Did any rank get a signal? All ranks give the same answer."""
+        return compute.all_reduce(int(self.signal is not None), op="max")[0] > 0
+
+    def exit_code(self):
+        """The shell's code for a process ended by this signal, so that a run file stops too."""
+        return 128 + (self.signal or signal.SIGTERM)
+
+
+def try_evaluation(name, evaluate):
+    """Run `evaluate()`; a failure is told and gives None, because an evaluation must never cost a training run."""
+    try:
+        return evaluate()
+    except Exception as error: # whatever it was: a missing bundle, a full disk, a bug
+        print0(f"{name} failed and is left out: {type(error).__name__}: {error}")
+        return None
+
+
+def refuse_changes(saved, now, keys):
+    """Raise ValueError naming each of `keys` whose value differs between two dicts of flags."""
+    changed = [f"--{key.replace('_', '-')} was {saved[key]!r}, is {now[key]!r}"
+               for key in keys if key in saved and saved[key] != now[key]]
+    if changed:
+        raise ValueError("cannot resume with other mathematics: " + "; ".join(changed) +
+                         ": give the saved values, or start another run under another --model-tag")

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# From nothing to a chat with your own model, on a machine without a GPU.
+#
+#   bash runs/runcpu.sh                        tinyworld: a small, closed, true world that the model really learns
+#   DATA=fineweb-edu bash runs/runcpu.sh       real web text (needs a network; the model learns English, not facts)
+#   WANDB_RUN=cpu bash runs/runcpu.sh          the same, logged to wandb
+#
+# After set-up tinyworld needs no network. Writes below $NANOCHAT_BASE_DIR (default ~/.cache/nanochat/<data set>) and
+# ./report.md. Safe to run again: complete stages are kept, and a training that was cut off goes on where it was.
+# The settings come from the measurements in dev/LOG.md.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+DATA="${DATA:-tinyworld}"
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat/$DATA}"
+WANDB_RUN="${WANDB_RUN:-dummy}" # "dummy" = no wandb
+source runs/setup.sh            # .venv and dependencies: the one place for it
+
+stage report-reset python -m nanochat.report reset
+
+if [[ "$DATA" == tinyworld ]]; then
+    stage data python -m dev.tinyworld.generate --facts "${FACTS:-1000}"
+else
+    stage data python -m nanochat.dataset -n "${SHARDS:-2}"
+fi
+
+stage tokenizer python -m scripts.tok_train --max-chars=200000000 --vocab-size="${VOCAB_SIZE:-4096}"
+stage tokenizer-eval python -m scripts.tok_eval
+
+stage base-train python -m scripts.base_train --run="$WANDB_RUN" --resume \
+    --depth="${DEPTH:-4}" --head-dim=128 --max-seq-len=256 --window-pattern=L \
+    --device-batch-size=16 --total-batch-size=8192 --num-iterations="${BASE_STEPS:-500}" \
+    --eval-every=100 --eval-tokens=65536 --core-metric-every=-1 --sample-every=100 --save-every=100
+stage base-loss python -m scripts.base_loss --device-batch-size=16 --split-tokens=131072
+stage base-eval python -m scripts.base_eval
+
+if [[ "$DATA" == tinyworld ]]; then
+    stage sft python -m scripts.chat_sft --run="$WANDB_RUN" --source=base --resume --save-every=100
+    stage chat-eval python -m scripts.chat_eval --source=sft --max-new-tokens=96
+fi
+stage report python -m nanochat.report generate
+
+if [[ "$DATA" == tinyworld ]]; then
+    for question in "What is the capital of France?" "Can you tell me the opposite of hot?" "Who will win the lottery tomorrow?"; do
+        echo
+        echo "User: $question"
+        python -m scripts.chat_cli --source=sft --temperature=0 --prompt="$question"
+    done
+    echo
+    echo "Talk to it yourself: source .venv/bin/activate; export NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR; python -m scripts.chat_cli"
+fi

@@ -1,0 +1,390 @@
+"""
+Pretrain a base model on the shards of the base directory.
+
+    python -m scripts.base_train --depth=12
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20
+    python -m scripts.base_train --depth=4 --max-seq-len=512 --device-batch-size=1 --eval-tokens=512 \
+        --core-metric-every=-1 --total-batch-size=512 --num-iterations=20          (a try on a laptop)
+
+Reads:  base_data/, tokenizer/.  Writes: base_checkpoints/<tag>/ (with metrics.jsonl) and the report's section.
+"""
+import os
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True") # must precede torch
+
+import argparse
+import itertools
+import shutil
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+
+from nanochat.checkpoint_manager import (checkpoint_dir, lineage, load_checkpoint, save_checkpoint, step_to_resume,
+                                         update_meta)
+from nanochat.common import (DTYPES, compute_cleanup, compute_init, dataset_label, get_compute_dtype,
+                             get_peak_flops, init_wandb, print0, print_banner, run_main)
+from nanochat.core_eval import evaluate_model
+from nanochat.dataloader import merge_lane_states, pretraining_loader
+from nanochat.engine import Engine
+from nanochat.flash_attention import describe_backend
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.report import get_report
+from nanochat.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, check_loss, compile_model,
+                               grad_accum_steps, is_due, lr_multiplier, muon_momentum, refuse_changes, sample_prompts,
+                               set_schedule, training_horizon, try_evaluation)
+
+# Flags that change the mathematics of a run: a resumed run must have the saved values.
+FIXED_ON_RESUME = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "num_iterations", "target_flops",
+                   "target_param_data_ratio", "total_batch_size", "embedding_lr", "unembedding_lr", "weight_decay",
+                   "matrix_lr", "scalar_lr", "adam_beta1", "adam_beta2", "warmup_ratio", "warmdown_ratio",
+                   "final_lr_frac", "seed")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    add = parser.add_argument
+    add("--run", default="dummy", help="wandb run name; dummy = no wandb")
+    add("--device-type", default="", choices=["", "cuda", "cpu", "mps"], help="empty = the first that is available")
+    add("--dtype", default="", choices=["", *DTYPES], help="dtype of activations; empty = bfloat16 where the hardware has it")
+    add("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile; auto = on, eager where it fails")
+    add("--seed", type=int, default=42, help="seed of the initialisation")
+    # model
+    add("--depth", type=int, default=20, help="number of layers: the one dial from which the rest follows")
+    add("--aspect-ratio", type=int, default=64, help="width = depth x this, rounded up to a multiple of --head-dim")
+    add("--head-dim", type=int, default=128, help="width of an attention head")
+    add("--max-seq-len", type=int, default=2048, help="context length in tokens")
+    add("--window-pattern", default="SSSL", help="attention window per layer, tiled: L = full, S = half; the last is always L")
+    # horizon, first positive one of the three
+    add("--num-iterations", type=int, default=-1, help="optimizer steps; -1 = from --target-flops")
+    add("--target-flops", type=float, default=-1.0, help="training FLOPs; -1 = from --target-param-data-ratio")
+    add("--target-param-data-ratio", type=float, default=10.5,
+        help="tokens per scaling parameter (block matrices + head, not the embeddings)")
+    # optimization
+    add("--device-batch-size", type=int, default=32, help="rows per device and forward pass")
+    add("--total-batch-size", type=int, default=524288, help="tokens per optimizer step, all ranks together")
+    add("--lanes", type=int, default=-1, help="independent data streams, a multiple of the ranks; -1 = one per rank")
+    add("--embedding-lr", type=float, default=0.3, help="AdamW, token and value embeddings")
+    add("--unembedding-lr", type=float, default=0.004, help="AdamW, head")
+    add("--weight-decay", type=float, default=0.2, help="cautious decay of the block matrices (Muon) at depth 12")
+    add("--matrix-lr", type=float, default=0.02, help="Muon, block matrices")
+    add("--scalar-lr", type=float, default=0.5, help="AdamW, residual and x0 scalars")
+    add("--adam-beta1", type=float, default=0.8, help="AdamW, tables and head")
+    add("--adam-beta2", type=float, default=0.95, help="AdamW, tables and head")
+    add("--warmup-ratio", type=float, default=0.0, help="share of the steps in which the learning rate rises")
+    add("--warmdown-ratio", type=float, default=0.4, help="share of the steps in which the learning rate falls")
+    add("--final-lr-frac", type=float, default=0.0, help="learning rate at the end, as a fraction of the initial one")
+    # evaluation
+    add("--eval-every", type=int, default=250, help="steps between validation bpb; -1 = never")
+    add("--eval-tokens", type=int, default=20 * 524288, help="tokens per validation bpb")
+    add("--core-metric-every", type=int, default=2000, help="steps between CORE estimates; -1 = never")
+    add("--core-metric-max-per-task", type=int, default=500, help="examples per CORE task; -1 = all")
+    add("--sample-every", type=int, default=2000, help="steps between samples; -1 = never")
+    # checkpoints
+    add("--model-tag", default=None, help="checkpoint folder; default d<depth>")
+    add("--save-every", type=int, default=-1, help="steps between checkpoints; -1 = only at the end")
+    add("--resume", action="store_true", help="go on from the newest complete checkpoint, or start when there is none")
+    add("--resume-from-step", type=int, default=-1, help="go on from the checkpoint of this step; -1 = do not")
+    add("--overwrite", action="store_true", help="delete an earlier run's checkpoints under this tag and start over")
+    return parser
+
+
+def check_args(args):
+    """All that is wrong with the flags, as sentences."""
+    positive = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "total_batch_size", "eval_tokens")
+    problems = [f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
+                for name in positive if getattr(args, name) < 1]
+    if not problems:
+        problems += config_problems(args)
+    if max(args.num_iterations, args.target_flops, args.target_param_data_ratio) <= 0:
+        problems.append("one of --num-iterations, --target-flops, --target-param-data-ratio must be positive")
+    if args.resume and args.overwrite:
+        problems.append("--resume and --overwrite exclude each other")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.lanes != -1 and (args.lanes < 1 or args.lanes % world_size):
+        problems.append(f"--lanes must be a multiple of the {world_size} ranks, got {args.lanes}")
+    return problems
+
+
+def config_problems(args):
+    try:
+        build_config(args, vocab_size=1)
+        grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len,
+                         int(os.environ.get("WORLD_SIZE", 1)))
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def build_config(args, vocab_size):
+    """The GPTConfig that follows from --depth: width rounded up to whole heads, no grouped-query attention."""
+    base_dim = args.depth * args.aspect_ratio
+    num_heads = -(-base_dim // args.head_dim)
+    return GPTConfig(sequence_len=args.max_seq_len, vocab_size=vocab_size, n_layer=args.depth, n_head=num_heads,
+                     n_kv_head=num_heads, n_embd=num_heads * args.head_dim, window_pattern=args.window_pattern)
+
+
+def build_model(config, compute, dtype):
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=compute.device)
+    model.init_weights()
+    model.compute_dtype = dtype
+    return model
+
+
+def print_plan(args, model, tokenizer, compute, num_steps):
+    """What will be trained, on what, for how long; returns the same as a dict for the report."""
+    config, sizes, flops = model.config, model.num_scaling_params(), model.estimate_flops()
+    scaling = sizes["transformer_matrices"] + sizes["lm_head"]
+    base_dim = args.depth * args.aspect_ratio
+    print0(describe_backend(compute.device, model.compute_dtype))
+    print0(f"Compute dtype: {str(model.compute_dtype).split('.')[1]}, master weights fp32, {torch.get_num_threads()} threads")
+    print0(f"Vocabulary size: {tokenizer.get_vocab_size():,}")
+    print0(f"num_layers: {config.n_layer}")
+    print0(f"model_dim: {config.n_embd} (base: {base_dim}, nudge: {config.n_embd - base_dim:+d})")
+    print0(f"num_heads: {config.n_head}, head_dim: {args.head_dim}, num_kv_heads: {config.n_kv_head}")
+    micro = args.device_batch_size * args.max_seq_len
+    print0(f"Tokens per micro-batch: {micro:,} per rank, {micro * compute.ddp_world_size:,} in all; "
+           f"accumulation steps: {args.total_batch_size // (micro * compute.ddp_world_size)}")
+    for name, size in sizes.items():
+        print0(f"{name:24s}: {size:,}")
+    plan = {"Number of parameters": sizes["total"], "Number of FLOPs per token": flops,
+            "Calculated number of iterations": num_steps,
+            "Number of training tokens": num_steps * args.total_batch_size,
+            "Tokens : Scaling params ratio": num_steps * args.total_batch_size / scaling,
+            "DDP world size": compute.ddp_world_size}
+    for name, value in plan.items():
+        print0(f"{name}: {value:,.2f}" if isinstance(value, float) else f"{name}: {value:,}")
+    print0(f"Total training FLOPs: {flops * plan['Number of training tokens']:.3e}")
+    return plan
+
+
+def warm_up(model, args, compute):
+    """A forward and backward of the real shapes, for the compiler."""
+    ids = torch.zeros((args.device_batch_size, args.max_seq_len), dtype=torch.long, device=compute.device)
+    model(ids, ids, loss_reduction="sum").backward()
+
+
+def scaled_weight_decay(args):
+    """Decay tuned at depth 12, carried to other depths as 1/depth^2 (dev/LOG.md of the spec: fitted exponent 1.97)."""
+    return args.weight_decay * (12 / args.depth) ** 2
+
+
+def build_optimizer(model, args):
+    """Learning rates were tuned at 2^19 tokens a step; they scale with the square root of the batch."""
+    scale = (args.total_batch_size / 2**19) ** 0.5
+    print0(f"Learning rates scaled by {scale:.6f} for the batch size, weight decay to {scaled_weight_decay(args):.6f}")
+    return model.setup_optimizer(
+        unembedding_lr=args.unembedding_lr * scale, embedding_lr=args.embedding_lr * scale, matrix_lr=args.matrix_lr * scale,
+        weight_decay=scaled_weight_decay(args), adam_betas=(args.adam_beta1, args.adam_beta2),
+        scalar_lr=args.scalar_lr * scale)
+
+
+def evaluate_val_bpb(model, tokenizer, args, compute):
+    batches = pretraining_loader(tokenizer, args.device_batch_size, args.max_seq_len, "val", device=compute.device)
+    tokens_per_step = args.device_batch_size * args.max_seq_len * compute.ddp_world_size
+    steps = max(1, args.eval_tokens // tokens_per_step)
+    with torch.no_grad():
+        return evaluate_bpb(model, ((x, y) for x, y, _ in batches), steps, get_token_bytes(compute.device))
+
+
+def evaluate(run, step, last_step):
+    """Whatever is due after `step` steps: bpb, CORE, samples. Failures are told and never end the run."""
+    args, model, tokenizer, compute = run.args, run.model, run.tokenizer, run.compute
+    metrics = {}
+    if is_due(args.eval_every, step, last_step) or (args.eval_every > 0 and step == 0):
+        bpb = try_evaluation("Validation", lambda: evaluate_val_bpb(model, tokenizer, args, compute))
+        if bpb is not None:
+            print0(f"Step {step:05d} | Validation bpb: {bpb:.6f}")
+            metrics["val/bpb"] = bpb
+            run.min_val_bpb = min(bpb, run.min_val_bpb if run.min_val_bpb is not None else bpb)
+    if is_due(args.core_metric_every, step, last_step):
+        core = try_evaluation("CORE", lambda: evaluate_model(model, tokenizer, compute.device, args.core_metric_max_per_task))
+        if core is not None:
+            print0(f"Step {step:05d} | CORE metric: {core['core_metric']:.4f}")
+            metrics.update({"core_metric": core["core_metric"], "centered_results": core["centered_results"]})
+    if compute.is_master and is_due(args.sample_every, step, last_step):
+        for text in try_evaluation("Sampling", lambda: sample_prompts(Engine(model, tokenizer), tokenizer)) or []:
+            print0(text)
+    if metrics:
+        record(run, step, metrics)
+    return metrics
+
+
+def record(run, step, metrics):
+    """To metrics.jsonl and to wandb, with what every line carries."""
+    common = {"total_training_flops": run.speed.flops_per_step * step, "total_training_time": run.speed.total_time}
+    run.log.log(step, **common, **metrics)
+    run.wandb.log({"step": step, **common, **metrics})
+
+
+def save(run, step, val_bpb=None):
+    """Write the step durably. Every rank takes part: the data state is gathered from all."""
+    args, compute = run.args, run.compute
+    data_state = merge_lane_states(compute.all_gather(run.data_state)) if run.data_state else None
+    optimizer_state = run.optimizer.state_dict() if compute.is_master else None # whole on every rank
+    save_checkpoint(run.folder, step, run.model.state_dict(), optimizer_state, {
+        "step": step,
+        "val_bpb": val_bpb,
+        "model_config": asdict(run.model.config),
+        "user_config": vars(args),
+        "device_batch_size": args.device_batch_size,
+        "max_seq_len": args.max_seq_len,
+        "dataloader_state_dict": data_state,
+        "loop_state": {"min_val_bpb": run.min_val_bpb, "loss_meter": run.meter.state(),
+                       "total_training_time": run.speed.total_time},
+        "lineage": lineage(run.tokenizer, args, compute),
+    }, rank=compute.ddp_rank, tokenizer=run.tokenizer)
+    print0(f"Saved step {step} to {run.folder}")
+
+
+def print_step(run, step, num_steps, loss, multiplier, seconds):
+    speed = run.speed
+    eta = speed.eta(num_steps - step - 1)
+    fields = [f"step {step:05d}/{num_steps:05d} ({100 * step / num_steps:.2f}%)", f"loss: {loss:.6f}",
+              f"lrm: {multiplier:.2f}", f"dt: {1000 * seconds:.2f}ms", f"tok/sec: {speed.tok_per_sec:,}",
+              f"mfu: {speed.mfu:.2f}", f"epoch: {run.data_state['epoch']}", f"total time: {speed.total_time / 60:.2f}m"]
+    print0(" | ".join(fields + ([f"eta: {eta / 60:.1f}m"] if eta is not None else [])), flush=True)
+
+
+def train(run, batches, num_steps, accum_steps):
+    """The whole of training on one page. Returns the metrics of the last evaluation."""
+    args, model, optimizer, compute = run.args, run.model, run.optimizer, run.compute
+    with Stop() as stop:
+        for step in range(run.saved_step or 0, num_steps + 1): # one more than the steps, so that the end is saved and evaluated
+            last_step = step == num_steps
+            stopped = stop.requested(compute)
+
+            if (last_step or stopped or is_due(args.save_every, step, last_step)) and step != run.saved_step:
+                save(run, step) # first: an evaluation that fails must not cost the step
+            if stopped:
+                sys.exit(stop.exit_code())
+            metrics = evaluate(run, step, last_step)
+            if last_step:
+                if compute.is_master:
+                    update_meta(run.folder, step, val_bpb=metrics.get("val/bpb"))
+                return metrics
+
+            compute.synchronize()
+            start = time.time()
+            micro_batches = list(itertools.islice(batches, accum_steps))
+            loss = accumulate(model, ((x, y) for x, y, _ in micro_batches), args.total_batch_size, compute)
+            check_loss(loss, step)
+            multiplier = lr_multiplier(step, num_steps, args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac)
+            set_schedule(optimizer, multiplier, muon_momentum(step), scaled_weight_decay(args) * (1 - step / num_steps))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            compute.synchronize()
+            seconds = time.time() - start
+
+            run.data_state = micro_batches[-1][2]
+            run.speed.update(seconds)
+            smooth = run.meter.update(loss)
+            print_step(run, step, num_steps, smooth, multiplier, seconds)
+            run.log.log(step, **{"train/loss": loss, "train/lrm": multiplier, "train/dt": seconds,
+                                 "train/tok_per_sec": run.speed.tok_per_sec})
+            if step % 100 == 0:
+                run.wandb.log({"step": step, "train/loss": smooth, "train/lrm": multiplier, "train/dt": seconds,
+                               "train/tok_per_sec": run.speed.tok_per_sec, "train/mfu": run.speed.mfu,
+                               "train/epoch": run.data_state["epoch"]})
+
+
+class Run:
+    """What a run carries from step to step; everything in it is saved, or made again from what is saved."""
+
+    def __init__(self, args, compute, tokenizer, model, optimizer, folder, meta):
+        loop = (meta or {}).get("loop_state", {})
+        self.args, self.compute, self.tokenizer = args, compute, tokenizer
+        self.model, self.optimizer, self.folder = model, optimizer, folder
+        self.saved_step = meta["step"] if meta else None
+        self.data_state = meta["dataloader_state_dict"] if meta else None
+        self.min_val_bpb = loop.get("min_val_bpb")
+        self.meter = LossMeter(**loop.get("loss_meter", {}))
+        peak = get_peak_flops(torch.cuda.get_device_name()) if compute.device.type == "cuda" else float("inf")
+        self.speed = Throughput(args.total_batch_size, model.estimate_flops(), peak * compute.ddp_world_size,
+                                loop.get("total_training_time", 0.0))
+        self.log = MetricsLog(folder, self.saved_step or 0, enabled=compute.is_master)
+        self.wandb = init_wandb(args.run, compute, "nanochat", vars(args))
+
+
+def load_for_resume(folder, step, args, model, optimizer, compute):
+    """Put a saved step into model and optimizer; returns its meta."""
+    weights, optimizer_state, meta = load_checkpoint(folder, step, compute.device, load_optimizer=True, rank=compute.ddp_rank)
+    refuse_changes(meta["user_config"], vars(args), FIXED_ON_RESUME)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(optimizer_state)
+    print0(f"Resuming from step {step} of {folder}")
+    return meta
+
+
+def peak_memory_mib(compute):
+    """Peak memory of the GPU, else resident memory of this process, in MiB."""
+    if compute.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource # not on Windows, so not at the top
+    unit = 1 if sys.platform == "darwin" else 1024 # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def report(run, plan, metrics):
+    """The end of the run, on the console and in the report."""
+    print0(f"Peak memory usage: {peak_memory_mib(run.compute):.2f} MiB")
+    print0(f"Total training time: {run.speed.total_time / 60:.2f} m")
+    if run.min_val_bpb is not None:
+        print0(f"Minimum validation bpb: {run.min_val_bpb:.6f}")
+    cap = run.args.core_metric_max_per_task
+    outcome = {
+        "Minimum validation bpb": run.min_val_bpb,
+        "Final validation bpb": metrics.get("val/bpb"),
+        f"CORE metric estimate ({f'at most {cap} examples per task' if cap > 0 else 'all examples'})": metrics.get("core_metric"),
+        "MFU %": run.speed.mfu,
+        "Total training flops": run.speed.flops_per_step * plan["Calculated number of iterations"],
+        "Total training time": f"{run.speed.total_time / 60:.2f}m",
+        "Peak memory usage": f"{peak_memory_mib(run.compute):.2f}MiB",
+    }
+    get_report().log("Base model training", [vars(run.args), plan, outcome])
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if problems := check_args(args):
+        parser.error("; ".join(problems))
+    print_banner()
+    folder = checkpoint_dir("base", args.model_tag or f"d{args.depth}")
+    resume_step = args.resume_from_step if args.resume_from_step >= 0 else step_to_resume(folder, args.resume, args.overwrite)
+    tokenizer = get_tokenizer()
+    compute = compute_init(args.device_type, args.seed)
+    dtype = get_compute_dtype(compute.device, args.dtype)
+    if label := dataset_label():
+        print0(f"Data set: {label} (synthetic: its scores are not those of the published benchmarks)")
+
+    model = build_model(build_config(args, tokenizer.get_vocab_size()), compute, dtype)
+    sizes = model.num_scaling_params()
+    num_steps = training_horizon(args, model.estimate_flops(), sizes["transformer_matrices"] + sizes["lm_head"])
+    plan = print_plan(args, model, tokenizer, compute, num_steps)
+    optimizer = build_optimizer(model, args)
+    meta = load_for_resume(folder, resume_step, args, model, optimizer, compute) if resume_step is not None else None
+    if args.overwrite and compute.is_master:
+        shutil.rmtree(folder, ignore_errors=True)
+    run = Run(args, compute, tokenizer, model, optimizer, folder, meta)
+    if run.saved_step == num_steps and meta["val_bpb"] is not None:
+        print0(f"Nothing to do: {folder} is complete at step {num_steps}")
+        return
+    lanes = meta["dataloader_state_dict"]["num_lanes"] if meta and run.data_state else max(args.lanes, compute.ddp_world_size)
+    batches = pretraining_loader(tokenizer, args.device_batch_size, args.max_seq_len, "train", device=compute.device,
+                                 resume_state_dict=run.data_state, num_lanes=lanes)
+    accum_steps = grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len, compute.ddp_world_size)
+    print0(compile_model(model, args.compile, lambda: warm_up(model, args, compute)))
+    metrics = train(run, batches, num_steps, accum_steps)
+    report(run, plan, metrics)
+    run.wandb.finish()
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,194 @@
+"""Pretraining as a user runs it: on real files, interrupted, resumed, and with mistakes."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import complete_steps
+from scripts import base_train
+
+TINY = ("--device-type=cpu --compile=off --depth=2 --aspect-ratio=16 --head-dim=16 --max-seq-len=32 --device-batch-size=4 "
+        "--total-batch-size=256 --eval-tokens=256 --core-metric-every=-1 --sample-every=-1").split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base directory with a small tinyworld and its tokenizer, for all tests of this file."""
+    base = str(tmp_path_factory.mktemp("world"))
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": base}
+    for command in (["dev.tinyworld.generate", "--base-dir", base, "--facts", "60", "--documents", "400"],
+                    ["scripts.tok_train", "--vocab-size", "400"]):
+        subprocess.run([sys.executable, "-m", *command], check=True, env=environment, capture_output=True)
+    return base
+
+
+@pytest.fixture
+def base_dir(world, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", world)
+    return world
+
+
+def train(*flags):
+    base_train.main([*TINY, *flags])
+
+
+def folder(base, tag):
+    return os.path.join(base, "base_checkpoints", tag)
+
+
+def weights(base, tag, step):
+    return torch.load(os.path.join(folder(base, tag), f"model_{step:06d}.pt"), weights_only=True)
+
+
+def meta(base, tag, step):
+    with open(os.path.join(folder(base, tag), f"meta_{step:06d}.json")) as file:
+        return json.load(file)
+
+
+def losses(base, tag):
+    with open(os.path.join(folder(base, tag), "metrics.jsonl")) as file:
+        lines = [json.loads(line) for line in file]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def test_a_run_writes_what_the_later_stages_need(base_dir, capsys):
+    train("--model-tag=whole", "--num-iterations=30", "--eval-every=10", "--matrix-lr=0.5", "--embedding-lr=10",
+          "--unembedding-lr=0.2", "--core-metric-every=30",
+          "--core-metric-max-per-task=4", "--sample-every=30")
+    out = capsys.readouterr().out
+    saved = meta(base_dir, "whole", 30)
+    assert saved["step"] == 30 and saved["model_config"]["window_pattern"] == "SSSL" and saved["user_config"]["depth"] == 2
+    assert saved["val_bpb"] == pytest.approx(saved["loop_state"]["min_val_bpb"] or saved["val_bpb"], rel=0.5)
+    assert saved["dataloader_state_dict"].keys() >= {"pq_idx", "rg_idx", "epoch"}
+    history = losses(base_dir, "whole")
+    assert list(history) == list(range(30)) and history[0] == pytest.approx(5.99, abs=0.02) # ln 400
+    assert history[29] < history[0] - 0.5
+    assert "Step 00030 | Validation bpb" in out and "Step 00030 | CORE metric" in out
+    assert "The capital of France is" in out and "tinyworld (synthetic" in out and "Tokens : Scaling params ratio" in out
+
+
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(base_dir):
+    flags = ["--num-iterations=8", "--eval-every=3", "--device-batch-size=2"]
+    train("--model-tag=straight", *flags)
+    train("--model-tag=cut", *flags, "--save-every=3")
+    for step in (6, 8): # as if the run had died after step 3
+        for name in os.listdir(folder(base_dir, "cut")):
+            if f"_{step:06d}" in name:
+                os.remove(os.path.join(folder(base_dir, "cut"), name))
+    train("--model-tag=cut", *flags, "--resume")
+    assert_same(weights(base_dir, "straight", 8), weights(base_dir, "cut", 8))
+    assert losses(base_dir, "straight") == losses(base_dir, "cut")
+    assert meta(base_dir, "straight", 8)["val_bpb"] == meta(base_dir, "cut", 8)["val_bpb"]
+    assert meta(base_dir, "straight", 8)["dataloader_state_dict"] == meta(base_dir, "cut", 8)["dataloader_state_dict"]
+
+
+def test_resume_of_nothing_starts_and_of_a_complete_run_does_nothing(base_dir, capsys):
+    train("--model-tag=again", "--num-iterations=2", "--resume")
+    before = os.stat(os.path.join(folder(base_dir, "again"), "model_000002.pt")).st_mtime_ns
+    train("--model-tag=again", "--num-iterations=2", "--resume")
+    assert "Nothing to do" in capsys.readouterr().out
+    assert os.stat(os.path.join(folder(base_dir, "again"), "model_000002.pt")).st_mtime_ns == before
+
+
+def test_an_earlier_run_is_not_overwritten_unasked_and_other_mathematics_are_refused(base_dir):
+    train("--model-tag=mine", "--num-iterations=2")
+    with pytest.raises(RuntimeError, match="pass --resume to go on, --overwrite to start over"):
+        train("--model-tag=mine", "--num-iterations=2")
+    with pytest.raises(ValueError, match="--num-iterations was 2, is 3; --matrix-lr was 0.02, is 0.5"):
+        train("--model-tag=mine", "--num-iterations=3", "--matrix-lr=0.5", "--resume")
+    train("--model-tag=mine", "--num-iterations=1", "--overwrite")
+    assert complete_steps(folder(base_dir, "mine")) == [1] # not 2, which a later stage would take for this run's last
+
+
+def test_a_failing_evaluation_does_not_cost_the_run(base_dir, monkeypatch, capsys):
+    def broken(*args):
+        raise OSError("the bundle is gone")
+    monkeypatch.setattr(base_train, "evaluate_model", broken)
+    train("--model-tag=evalfails", "--num-iterations=2", "--core-metric-every=1")
+    assert "CORE failed and is left out: OSError: the bundle is gone" in capsys.readouterr().out
+    assert meta(base_dir, "evalfails", 2)["val_bpb"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(base_dir, monkeypatch):
+    real, calls = base_train.accumulate, []
+    def poisoned(*args):
+        calls.append(1)
+        return float("nan") if len(calls) == 4 else real(*args)
+    monkeypatch.setattr(base_train, "accumulate", poisoned)
+    with pytest.raises(RuntimeError, match="the loss became nan in step 3"):
+        train("--model-tag=nan", "--num-iterations=8", "--save-every=2")
+    assert complete_steps(folder(base_dir, "nan")) == [2]
+
+
+def test_weights_do_not_depend_on_the_device_batch_size(base_dir, monkeypatch):
+    """In float64, rotary tables and Newton-Schulz included, a step is the same however it is cut."""
+    def in_float64(config, compute, dtype):
+        with torch.device("meta"):
+            model = base_train.GPT(config)
+        model.rotary_dtype = torch.float64
+        model.to_empty(device="cpu")
+        model.init_weights()
+        model.compute_dtype = torch.float64
+        return model.double()
+    monkeypatch.setattr(base_train, "build_model", in_float64)
+    for size in (1, 4, 8):
+        train(f"--model-tag=micro{size}", "--num-iterations=20", f"--device-batch-size={size}", "--eval-every=-1")
+    one = weights(base_dir, "micro1", 20)
+    for size in (4, 8):
+        for name, tensor in weights(base_dir, f"micro{size}", 20).items():
+            torch.testing.assert_close(tensor, one[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--total-batch-size=100"], "must be a multiple of 128 tokens"),
+    (["--depth=0"], "--depth must be at least 1"),
+    (["--window-pattern=XY"], "letters S and L"),
+    (["--head-dim=15"], "must be even"),
+    (["--num-iterations=-1", "--target-param-data-ratio=0"], "one of --num-iterations"),
+    (["--resume", "--overwrite"], "exclude each other")])
+def test_usage_errors_exit_with_2_and_a_sentence(base_dir, flags, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        train(*flags)
+    assert error.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_resumed_run_ends_with_the_same_weights(base_dir):
+    flags = [*TINY, "--num-iterations=60", "--eval-every=-1"]
+    train("--num-iterations=60", "--eval-every=-1", "--model-tag=undisturbed")
+    command = [sys.executable, "-u", "-m", "scripts.base_train", *flags, "--model-tag=killed", "--resume"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 00010"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM and "Saved step" in rest
+    (step,) = complete_steps(folder(base_dir, "killed"))
+    assert 10 <= step < 60
+    subprocess.run(command, check=True, capture_output=True)
+    assert_same(weights(base_dir, "undisturbed", 60), weights(base_dir, "killed", 60))
+
+
+@pytest.mark.slow
+def test_errors_of_files_exit_with_1_and_one_line(tmp_path):
+    def run(base, *flags):
+        started = time.time()
+        result = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, "--num-iterations=1", *flags],
+                                env={**os.environ, "NANOCHAT_BASE_DIR": str(base)}, capture_output=True, text=True)
+        assert result.returncode == 1 and "Traceback" not in result.stderr and time.time() - started < 60
+        return result.stderr.strip().splitlines()[-1]
+    assert "tok_train" in run(tmp_path / "empty")
+    (tmp_path / "file").write_text("")
+    assert "set NANOCHAT_BASE_DIR" in run(tmp_path / "file" / "below")

@@ -1,0 +1,344 @@
+"""Supervised finetuning on a tiny model: what a step computes, that it stops and resumes, and what it refuses."""
+import json
+import os
+import signal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_checkpoint, save_checkpoint
+from nanochat.common import Compute, UserError, claim_base_dir, hub_mirror_dir, read_json
+from nanochat.gpt import GPT, Block, GPTConfig
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.training import accumulate
+from scripts import chat_sft
+from tasks.common import Task
+
+CPU = Compute(False, 0, 0, 1, torch.device("cpu"))
+QUIET = ["--compile", "off", "--device-type", "cpu", "--eval-every", "-1", "--eval-metrics-every", "-1"]
+
+
+@pytest.fixture(autouse=True)
+def base_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return RustBPETokenizer.train_from_iterator(["the cat sat on the mat and the dog ate the hat " * 20], 280)
+
+
+class Chat(Task):
+    """Conversations of different lengths; the answer repeats a word as often as the question says."""
+
+    def num_examples(self):
+        return 24
+
+    def get_example(self, index):
+        question = f"say {'the cat '[:3 + index % 5]} {index % 4 + 1} times"
+        return {"messages": [{"role": "user", "content": question},
+                             {"role": "assistant", "content": "the " * (index % 4 + 1)}]}
+
+
+def tiny_model(tokenizer, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=tokenizer.get_vocab_size(), n_layer=2, n_head=2, n_kv_head=2,
+                          n_embd=32, window_pattern="SL"))
+    model.init_weights()
+    for p in model.parameters(): # zero matrices would hide mistakes in whatever feeds them
+        p.data += 0.02 * torch.randn_like(p)
+    if dtype == torch.float64:
+        model.rotary_dtype = torch.float64
+        model.double().init_rotary()
+    return model
+
+
+def tiny_run(tokenizer, *flags, dtype=torch.float32, compute=CPU, task=None):
+    usual = [*QUIET, "--target-examples-per-step", "8", "--init-lr-frac", "0.2"]
+    args = chat_sft.build_parser().parse_args([*usual, *flags])
+    assert not chat_sft.check_args(args)
+    task = task or Chat()
+    return chat_sft.Run(args, compute, tokenizer, tiny_model(tokenizer, dtype), checkpoint_dir("sft", "tiny"),
+                        (task, task, {}), parent=None)
+
+
+def metrics_of(folder):
+    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+# -----------------------------------------------------------------------------
+# What a step computes
+
+def naive_mean_loss(model, inputs, targets):
+    """Full logits, log softmax, the mean over the targets that count: the definition."""
+    log_probs = torch.log_softmax(model(inputs), dim=-1)
+    rows, columns = torch.nonzero(targets != -1, as_tuple=True)
+    return -log_probs[rows, columns, targets[rows, columns]].mean()
+
+
+def test_the_gradient_is_that_of_the_mean_over_supervised_tokens(tokenizer):
+    run = tiny_run(tokenizer, "--device-batch-size", "2", dtype=torch.float64)
+    (inputs, targets), _ = next(run.steps(run.train_task))
+    assert len(inputs) > 2, "several micro-batches, the last one smaller"
+    expected_loss = naive_mean_loss(run.model, inputs, targets)
+    expected = torch.autograd.grad(expected_loss, list(run.model.parameters()))
+    loss = accumulate(run.model, chat_sft.micro_batches(run, (inputs, targets)), int((targets != -1).sum()), CPU)
+    assert loss == pytest.approx(expected_loss.item(), rel=1e-12)
+    for p, grad in zip(run.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-12)
+
+
+def test_only_what_the_assistant_says_is_supervised(tokenizer):
+    run = tiny_run(tokenizer, "--target-examples-per-step", "1")
+    (inputs, targets), _ = next(run.steps(run.train_task))
+    learned = tokenizer.decode(targets[targets != -1].tolist())
+    assert learned in {"the " * n + "<|assistant_end|>" for n in (1, 2, 3, 4)}
+
+
+def train_three_steps(tokenizer, device_batch_size):
+    run = tiny_run(tokenizer, "--num-iterations", "3", "--device-batch-size", str(device_batch_size),
+                   "--max-seq-len", "40", dtype=torch.float64)
+    chat_sft.train(run)
+    return run
+
+
+def test_the_micro_batch_size_does_not_change_the_weights(tokenizer):
+    one, *others = (train_three_steps(tokenizer, size) for size in (1, 2, 6))
+    start = dict(tiny_model(tokenizer, torch.float64).named_parameters())
+    assert any((p - start[name]).abs().max() > 1e-3 for name, p in one.model.named_parameters()), "it did learn"
+    for other in others:
+        for p, q in zip(one.model.parameters(), other.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+def test_rows_filled_up_for_a_compiled_model_change_nothing(tokenizer):
+    run = tiny_run(tokenizer, "--device-batch-size", "4", "--max-seq-len", "40", dtype=torch.float64)
+    rows, _ = next(run.steps(run.train_task))
+    assert len(rows[0]) % 4, "there is something to fill up"
+    eager = chat_sft.validation_loss(run)
+    run.model.block_fn = lambda *args: Block.forward(*args) # stands for a compiled block
+    shapes = {x.shape for x, _ in chat_sft.micro_batches(run, rows)}
+    assert shapes == {(4, 40)}
+    assert chat_sft.validation_loss(run) == pytest.approx(eager, rel=1e-12)
+
+
+class OneOfTwo(Compute):
+    """A rank of two without a process group: sums are those of the numbers given beforehand."""
+    def all_reduce(self, *values, op="sum"):
+        return list(values)
+
+
+def test_two_ranks_together_take_the_step_of_one(tokenizer):
+    alone = tiny_run(tokenizer, dtype=torch.float64)
+    rows, state = next(alone.steps(alone.train_task))
+    num_targets = int((rows[1] != -1).sum())
+    loss = accumulate(alone.model, chat_sft.micro_batches(alone, rows), num_targets, CPU)
+    grads, losses = [torch.zeros_like(p) for p in alone.model.parameters()], 0.0
+    for rank in (0, 1):
+        run = tiny_run(tokenizer, dtype=torch.float64, compute=OneOfTwo(False, rank, rank, 2, torch.device("cpu")))
+        own, own_state = next(run.steps(run.train_task))
+        assert own_state == state, "the state is the same on all ranks"
+        losses += accumulate(run.model, chat_sft.micro_batches(run, own), num_targets, run.compute)
+        for grad, p in zip(grads, run.model.parameters(), strict=True):
+            grad += p.grad / 2 # the optimizer takes the mean
+    assert losses == pytest.approx(loss, rel=1e-12)
+    for p, grad in zip(alone.model.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-12)
+
+
+def test_the_validation_loss_is_per_token_over_at_most_one_pass(tokenizer):
+    run = tiny_run(tokenizer, "--eval-steps", "1000", "--device-batch-size", "3", dtype=torch.float64)
+    steps, total, count = run.steps(run.val_task), 0.0, 0
+    for _ in range(3): # 24 conversations, 8 a step
+        (inputs, targets), _ = next(steps)
+        total += naive_mean_loss(run.model, inputs, targets).item() * int((targets != -1).sum())
+        count += int((targets != -1).sum())
+    assert chat_sft.validation_loss(run) == pytest.approx(total / count, rel=1e-12)
+
+# -----------------------------------------------------------------------------
+# The loop
+
+def test_exactly_n_updates_with_a_linearly_falling_rate(tokenizer):
+    run = tiny_run(tokenizer, "--num-iterations", "4", "--eval-every", "2")
+    metrics = chat_sft.train(run)
+    lines = metrics_of(run.folder)
+    assert [line["train/lrm"] for line in lines if "train/lrm" in line] == [1.0, 0.75, 0.5, 0.25]
+    assert [line["step"] for line in lines if "val/loss" in line] == [0, 2, 4]
+    assert complete_steps(run.folder) == [4]
+    meta = read_json(os.path.join(run.folder, "meta_000004.json"))
+    assert meta["val_loss"] == metrics["val_loss"] and meta["model_config"]["window_pattern"] == "SL"
+    assert meta["user_config"]["num_iterations"] == 4
+    assert meta["dataloader_state_dict"]["counters"]["conversations"] == 32
+
+
+def test_the_loss_falls(tokenizer):
+    run = tiny_run(tokenizer, "--num-iterations", "25", "--init-lr-frac", "0.5")
+    chat_sft.train(run)
+    losses = [line["train/loss"] for line in metrics_of(run.folder)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_one_pass_is_whole_steps_and_too_few_conversations_are_told(tokenizer):
+    assert tiny_run(tokenizer, "--num-epochs", "2", "--target-examples-per-step", "7").num_steps == 6
+    with pytest.raises(ValueError, match="--target-examples-per-step must be at most 24, .* got 25"):
+        tiny_run(tokenizer, "--target-examples-per-step", "25")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(tokenizer):
+    run = tiny_run(tokenizer, "--num-iterations", "2")
+    run.model.lm_head.weight.data[0, 0] = float("nan")
+    before = run.model.transformer.wte.weight.clone()
+    with pytest.raises(UserError, match="the loss became nan in step 0"):
+        chat_sft.train(run)
+    assert torch.equal(before, run.model.transformer.wte.weight) and complete_steps(run.folder) == []
+
+
+def test_an_evaluation_that_fails_costs_nothing(tokenizer, monkeypatch, capsys):
+    def fail(run):
+        raise OSError("disk gone")
+    monkeypatch.setattr(chat_sft, "validation_loss", fail)
+    run = tiny_run(tokenizer, "--num-iterations", "1", "--eval-every", "1")
+    assert chat_sft.train(run) == {}
+    assert complete_steps(run.folder) == [1] and "Validation failed and is left out" in capsys.readouterr().out
+
+# -----------------------------------------------------------------------------
+# The whole script on a base directory of its own
+
+@pytest.fixture
+def filled(base_dir, tokenizer):
+    """A base directory with a base checkpoint and everything that the mixture asks for."""
+    chat = list(Chat())
+    arc = {"question": "hot?", "choices": {"text": ["the cat", "the mat"], "label": ["A", "B"]}, "answerKey": "B"}
+    mmlu = {"question": "cat?", "subject": "law", "choices": ["the", "cat", "sat", "on"], "answer": 1}
+    for name, subset, split, rows in [
+        ("allenai/ai2_arc", "ARC-Easy", "train", [arc] * 4), ("allenai/ai2_arc", "ARC-Challenge", "train", [arc] * 4),
+        ("allenai/ai2_arc", "ARC-Easy", "validation", [arc] * 4), ("cais/mmlu", "all", "validation", [mmlu] * 4),
+        ("openai/gsm8k", "main", "train", [{"question": "1+1?", "answer": "<<1+1=2>>2\n#### 2"}] * 4),
+        ("HuggingFaceTB/smol-smoltalk", None, "train", chat), ("HuggingFaceTB/smol-smoltalk", None, "test", chat[:9]),
+    ]:
+        os.makedirs(hub_mirror_dir(name, subset, split))
+        pq.write_table(pa.Table.from_pylist(rows), os.path.join(hub_mirror_dir(name, subset, split), "0.parquet"))
+    (base_dir / "identity_conversations.jsonl").write_text(json.dumps(chat[0]["messages"]) + "\n")
+    (base_dir / "words_alpha.txt").write_text("\n".join(a + b + c for a in "bcdfgh" for b in "aeiou" for c in "lmnrst"))
+    model = tiny_model(tokenizer)
+    save_checkpoint(checkpoint_dir("base", "own"), 7, model.state_dict(), None,
+                    {"step": 7, "model_config": vars(model.config)}, tokenizer=tokenizer)
+    return base_dir
+
+
+def sft(*flags):
+    """Run the script as a user would, from the base model, on short rows."""
+    chat_sft.main([*QUIET, "--source", "base", "--num-iterations", "4", "--max-seq-len", "256", "--init-lr-frac", "0.2",
+                   "--target-examples-per-step", "8", *flags])
+    return checkpoint_dir("sft", "own")
+
+
+def test_the_script_saves_under_its_sources_tag_with_full_lineage(filled, tokenizer, capsys):
+    folder = sft("--eval-every", "4", "--eval-steps", "1",
+                 "--eval-metrics-every", "4", "--eval-metrics-max-problems", "3")
+    meta = read_json(os.path.join(folder, "meta_000004.json"))
+    assert meta["lineage"]["parent"]["model_tag"] == "own" and meta["lineage"]["parent"]["step"] == 7
+    assert meta["lineage"]["parent"]["source"] == "base" and meta["lineage"]["tokenizer"] == tokenizer.fingerprint()
+    assert meta["model_config"]["sequence_len"] == 64 and meta["max_seq_len"] == 256
+    assert 0 < meta["val_loss"] < 10 and 0 <= meta["mmlu_acc"] <= 1 and 0 <= meta["arc_easy_acc"] <= 1
+    assert sorted(os.listdir(folder)) == ["meta_000004.json", "metrics.jsonl", "model_000004.pt", "tokenizer"]
+    out = capsys.readouterr().out
+    assert "SimpleSpelling train" in out and "Saved step 4" in out and "Conversations split: 0" in out
+
+
+def test_resuming_equals_never_stopping_bit_for_bit(filled):
+    folder = sft("--save-every", "2")
+    weights = load_checkpoint(folder, 4, "cpu")[0]
+    losses = [line["train/loss"] for line in metrics_of(folder)]
+    for name in ("model_000004.pt", "meta_000004.json"):
+        os.unlink(os.path.join(folder, name))
+    sft("--save-every", "2", "--resume")
+    for name, tensor in load_checkpoint(folder, 4, "cpu")[0].items():
+        assert torch.equal(tensor, weights[name]), name
+    assert [line["train/loss"] for line in metrics_of(folder)] == losses and len(losses) == 4
+
+
+def test_sigterm_saves_and_the_run_goes_on_from_there(filled, monkeypatch):
+    folder = sft()
+    weights = load_checkpoint(folder, 4, "cpu")[0]
+    real, calls = chat_sft.accumulate, []
+
+    def killed_in_the_second_step(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+    monkeypatch.setattr(chat_sft, "accumulate", killed_in_the_second_step)
+    with pytest.raises(SystemExit) as left:
+        sft("--overwrite")
+    assert left.value.code == 128 + signal.SIGTERM and complete_steps(folder) == [2]
+    sft("--resume")
+    assert len(calls) == 4
+    for name, tensor in load_checkpoint(folder, 4, "cpu")[0].items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_resume_refuses_other_mathematics_and_a_second_run_asks_what_to_do(filled, capsys):
+    sft("--num-iterations", "1")
+    with pytest.raises(ValueError, match="--matrix-lr was 0.02, is 0.5"):
+        sft("--resume", "--num-iterations", "1", "--matrix-lr", "0.5")
+    with pytest.raises(UserError, match="holds checkpoints up to step 1: pass --resume to go on, --overwrite"):
+        sft()
+    capsys.readouterr()
+    sft("--num-iterations", "1", "--resume")
+    assert "Nothing to do" in capsys.readouterr().out
+
+
+def test_a_missing_source_names_what_there_is(base_dir, filled):
+    with pytest.raises(UserError, match=r"no complete mid checkpoint in .*: pass --source base \(newest: own\)"):
+        chat_sft.main(QUIET)
+
+
+def test_without_any_source_the_first_stage_is_named():
+    with pytest.raises(UserError, match="run `python -m scripts.base_train` first"):
+        chat_sft.main(QUIET)
+
+
+def test_identity_must_be_there_or_allowed_to_be_missing(filled):
+    (filled / "identity_conversations.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="identity_conversations.jsonl .*--allow-missing-identity"):
+        sft()
+    assert complete_steps(sft("--num-iterations", "1", "--allow-missing-identity")) == [1]
+
+
+def test_a_synthetic_base_dir_adds_the_rows_of_tinyworld(filled):
+    args = chat_sft.build_parser().parse_args([])
+    real = len(chat_sft.build_mixture(args))
+    claim_base_dir("tinyworld", synthetic=True)
+    folder = hub_mirror_dir("nanochat/tinyworld", None, "train")
+    os.makedirs(folder)
+    row = {"domain": "arithmetic", "messages_json": json.dumps(Chat()[0]["messages"])}
+    pq.write_table(pa.Table.from_pylist([row] * 5), os.path.join(folder, "0.parquet"))
+    assert len(chat_sft.build_mixture(args)) == real + 5
+
+
+def test_accuracies_are_watched_on_validation_splits_where_present(filled, capsys):
+    claim_base_dir("tinyworld", synthetic=True)
+    args = chat_sft.build_parser().parse_args(["--eval-metrics-max-problems", "2"])
+    tasks = chat_sft.build_metric_tasks(args)
+    assert {name: (task.split, len(task)) for name, task in tasks.items()} == {
+        "mmlu_acc": ("validation", 2), "arc_easy_acc": ("validation", 2)}
+    os.rename(hub_mirror_dir("cais/mmlu", "all", "validation"), filled / "elsewhere")
+    assert list(chat_sft.build_metric_tasks(args)) == ["arc_easy_acc"]
+    assert "mmlu_acc is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--device-batch-size", "0"], "--device-batch-size must be at least 1, got 0"),
+    (["--num-iterations", "0", "--eval-steps", "0"], "--eval-steps must be at least 1, got 0; --num-iterations must"),
+    (["--resume", "--overwrite"], "exclude each other"),
+    (["--source", "sft"], "invalid choice: 'sft'"),
+])
+def test_usage_errors_come_all_at_once(flags, words, capsys):
+    with pytest.raises(SystemExit) as left:
+        chat_sft.main(flags)
+    assert left.value.code == 2 and words in capsys.readouterr().err

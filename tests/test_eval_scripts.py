@@ -1,0 +1,292 @@
+"""base_loss, base_eval, chat_eval and chat_cli on a tiny untrained model in a synthetic base directory."""
+import csv
+import io
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
+from nanochat.common import UserError, claim_base_dir, hub_mirror_dir, read_json
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.task_eval import Score
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.training import SAMPLE_PROMPTS
+from scripts import base_eval, base_loss, chat_cli, chat_eval
+
+TEXT = "the cat sat on the mat, the größe of 12*3 is 36 and the dog ate the hat; Multiple Choice question: A B C D. "
+
+
+def write_rows(folder, rows):
+    os.makedirs(folder, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), os.path.join(folder, "0000.parquet"))
+
+
+def write_world(base):
+    """Every kind of data that the scripts read, in small."""
+    claim_base_dir("tinyworld", synthetic=True, validation_shard="shard_00001.parquet")
+    os.makedirs(base / "base_data")
+    for shard in range(2):
+        texts = [TEXT * (1 + (i + shard) % 5) for i in range(40)]
+        pq.write_table(pa.table({"text": texts}), base / "base_data" / f"shard_0000{shard}.parquet", row_group_size=10)
+    (base / "eval_bundle" / "eval_data").mkdir(parents=True)
+    items = [{"query": f"the {'cat dog'.split()[i % 2]}", "choices": ["sat", "ate"], "gold": i % 2} for i in range(10)]
+    (base / "eval_bundle" / "eval_data" / "pets.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (base / "eval_bundle" / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": [
+        {"label": "pets", "dataset_uri": "pets.jsonl", "num_fewshot": [2], "icl_task_type": "multiple_choice"}]}))
+    (base / "eval_bundle" / "eval_meta_data.csv").write_text("Eval Task,Random baseline\npets,50\n")
+    write_rows(hub_mirror_dir("nanochat/tinyworld", None, "test"), [{
+        "question": "the cat?", "choices": ["mat", "hat", "dog", "sat"], "gold": i % 4,
+        "domain": "animals" if i % 3 else "rooms",
+        "messages_json": json.dumps([{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "mat"}]),
+        "answer": ["mat"], "rivals": ["hat"]} for i in range(9)])
+    write_rows(hub_mirror_dir("allenai/ai2_arc", "ARC-Easy", "test"), [{
+        "question": f"the mat {i}", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]},
+        "answerKey": "ABC"[i % 3]} for i in range(6)])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base directory with data, a tokenizer and a model in the stages base and sft; tests must not write into it."""
+    base = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        write_world(base)
+        tokenizer = RustBPETokenizer.train_from_iterator([TEXT * 20], 320)
+        tokenizer.save(str(base / "tokenizer"))
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(sequence_len=48, vocab_size=tokenizer.get_vocab_size(), n_layer=2, n_head=2, n_kv_head=2,
+                              n_embd=32, window_pattern="SL"))
+        model.init_weights()
+        for stage in ("base", "sft"):
+            save_checkpoint(checkpoint_dir(stage, "d2"), 7, model.state_dict(), None,
+                            {"step": 7, "val_bpb": None, "model_config": asdict(model.config)}, tokenizer=tokenizer)
+    return base
+
+
+@pytest.fixture
+def base_dir(world, tmp_path, monkeypatch):
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def section(base, slug):
+    """All dicts of a report section joined."""
+    data = read_json(base / "report" / f"{slug}.json")["data"]
+    return {key: value for part in data for key, value in part.items()}
+
+# ---- base_loss and base_eval ----
+
+def test_base_loss(base_dir, capsys):
+    base_loss.main(["--device-type", "cpu", "--dtype", "float32", "--device-batch-size", "2", "--split-tokens", "200"])
+    facts, out = section(base_dir, "base-model-loss"), capsys.readouterr().out
+    assert 1 < facts["train bpb"] < 8 and 1 < facts["val bpb"] < 8 and facts["model"] == "base_model d2 (step 7)"
+    assert out.count("train bpb:") == 1 and "(the first 192 tokens of the split)" in out # 2 batches of 2 x 48
+    assert all(facts[f"sample {i}"].startswith(prompt) for i, prompt in enumerate(SAMPLE_PROMPTS))
+    assert all(isinstance(facts[f"unconditioned sample {i}"], str) for i in range(8))
+
+
+def test_base_loss_uses_at_least_one_batch(base_dir, capsys):
+    base_loss.main(["--device-type", "cpu", "--device-batch-size", "3", "--split-tokens", "1"])
+    assert "the first 144 tokens" in capsys.readouterr().out
+
+
+def test_base_eval(base_dir, capsys):
+    base_eval.main(["--device-type", "cpu", "--step", "7", "--max-per-task", "4"])
+    out = capsys.readouterr().out
+    with open(base_dir / "base_eval" / "base_model_d2_000007.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    accuracy = float(rows[1][1])
+    assert rows[0] == ["Task", "Accuracy", "Centered"] and accuracy in (0, 0.25, 0.5, 0.75, 1)
+    assert rows[1:] == [["pets", f"{accuracy:.6f}", f"{2 * accuracy - 1:.6f}"], ["CORE", "", f"{2 * accuracy - 1:.6f}"]]
+    assert "pets (tinyworld) (2-shot" in out and "CORE on tinyworld, not the published tasks" in out
+    facts = section(base_dir, "base-model-evaluation")
+    assert facts["CORE metric"] == facts["pets"] == pytest.approx(2 * accuracy - 1) and facts["Examples per task"] == 4
+
+# ---- chat_eval ----
+
+CHAT_EVAL = ["-i", "sft", "--device-type", "cpu", "-m", "4"]
+
+
+def test_chat_eval_takes_all_that_is_there_and_marks_it(base_dir, capsys):
+    chat_eval.main(CHAT_EVAL)
+    out = capsys.readouterr().out
+    for name in ("ARC-Easy", "TinyWorld", "TinyWorld-Choice"):
+        assert f"{name} (tinyworld) accuracy: " in out
+    assert "    animals" in out and "    rooms" in out and "No ChatCORE: it needs all of ARC-Easy" in out
+    results = read_json(base_dir / "chat_eval" / "sft_d2_000007.json")
+    assert results["dataset"] == "tinyworld" and set(results["tasks"]) == {"ARC-Easy", "TinyWorld", "TinyWorld-Choice"}
+    world = results["tasks"]["TinyWorld-Choice"]
+    assert world["total"] == 9
+    assert {name: group["total"] for name, group in world["groups"].items()} == {"animals": 6, "rooms": 3}
+    assert world["interval_95"][0] < world["accuracy"] < world["interval_95"][1]
+    facts = section(base_dir, "chat-evaluation-sft")
+    assert facts["ARC-Easy"] == results["tasks"]["ARC-Easy"]["accuracy"] and "TinyWorld: rooms" in facts
+    assert "ChatCORE metric" not in facts
+
+
+def test_chat_eval_of_chosen_tasks_labels_pass_at_n(base_dir, capsys):
+    chat_eval.main(CHAT_EVAL + ["-a", "TinyWorld|ARC-Easy", "-n", "3", "-t", "1.0", "-x", "2"])
+    out = capsys.readouterr().out
+    assert "TinyWorld (tinyworld) pass@3: 0.00 % (0/2, 95 % interval 0.00-65.76)" in out
+    assert "ARC-Easy (tinyworld) accuracy: " in out and "TinyWorld-Choice" not in out
+
+
+def test_chat_eval_of_a_named_task_without_data_is_an_error(base_dir):
+    with pytest.raises(UserError, match="synthetic data set tinyworld"):
+        chat_eval.main(CHAT_EVAL + ["-a", "MMLU"])
+
+
+def test_run_chat_eval(base_dir):
+    model, tokenizer, _ = chat_eval.load_model("sft", "cpu", "eval")
+    accuracy = chat_eval.run_chat_eval("ARC-Easy", model, tokenizer, chat_eval.Engine(model, tokenizer), batch_size=4)
+    assert accuracy in [i / 6 for i in range(7)]
+
+
+def test_chatcore_needs_its_six_tasks(monkeypatch, capsys):
+    chance = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0, "HumanEval": 0.0, "SpellingBee": 0.0}
+    monkeypatch.setattr(chat_eval, "EVALS", {name: SimpleNamespace(chance=value) for name, value in chance.items()})
+    scores = {name: Score(passed, 100, {}) for name, passed in zip(chance, [55, 40, 25, 10, 0, 100], strict=True)}
+    metrics = chat_eval.summarize(scores)
+    assert metrics["ChatCORE metric"] == pytest.approx((0.4 + 0.2 + 0.0 + 0.1 + 0.0 + 1.0) / 6)
+    assert metrics["ChatCORE without SpellingBee"] == pytest.approx((0.4 + 0.2 + 0.0 + 0.1 + 0.0) / 5)
+    assert "SpellingBee): 0.2833" in capsys.readouterr().out
+    del scores["MMLU"]
+    assert set(chat_eval.summarize(scores)) == set(scores)
+
+# ---- usage errors ----
+
+@pytest.mark.parametrize("script, flags, message", [
+    (base_loss, ["--split-tokens", "0", "--device-batch-size", "0"], "--device-batch-size must be at least 1, got 0"),
+    (base_eval, ["--max-per-task", "0"], "--max-per-task must be at least 1, or -1 for all, got 0"),
+    (chat_eval, ["-i", "sft", "-a", "GSM8K|Sudoku", "-x", "0"], "--max-problems must be at least 1, got 0; --task"),
+    (chat_eval, ["-i", "sft", "-a", "Sudoku"], "got Sudoku"),
+    (chat_eval, ["-i", "sft", "-t", "-1"], "--temperature must be at least 0, got -1.0"),
+    (chat_eval, ["-i", "pretrained"], "invalid choice: 'pretrained'"),
+    (chat_cli, ["--max-tokens", "0", "-t", "-0.5"], "--max-tokens must be at least 1, got 0; --temperature"),
+])
+def test_usage_errors_come_before_any_work(script, flags, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        script.main(flags)
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+# ---- chat_cli ----
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return RustBPETokenizer.from_directory(str(world / "tokenizer"))
+
+
+class ScriptedEngine:
+    """Answers with given ids, one list per call; remembers the prompts. The string "stop" in a list is a Ctrl-C."""
+    def __init__(self, tokenizer, *answers, sequence_len=48):
+        self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=sequence_len))
+        self.terminal = tuple(tokenizer.encode_special(f"<|{name}|>") for name in ("assistant_end", "bos"))
+        self.answers, self.prompts, self.settings = list(answers), [], []
+
+    def generate(self, prompt, max_tokens, **settings):
+        self.prompts.append(prompt)
+        self.settings.append(settings | {"max_tokens": max_tokens})
+        for token in self.answers.pop(0)[:max_tokens]:
+            if token == "stop":
+                raise KeyboardInterrupt
+            yield [token], [1]
+
+
+def make_chat(tokenizer, *answers, flags=(), **kwargs):
+    engine = ScriptedEngine(tokenizer, *answers, **kwargs)
+    return chat_cli.Chat(engine, tokenizer, chat_cli.build_parser().parse_args(["--max-tokens", "16", *flags])), engine
+
+
+def ids_of(tokenizer, *parts):
+    """Specials by their name in angle brackets, everything else as text."""
+    return [i for part in parts for i in
+            ([tokenizer.encode_special(f"<|{part[1:-1]}|>")] if part[0] == "<" else tokenizer.encode(part))]
+
+
+@pytest.mark.parametrize("parts, shown", [
+    (["the größe"], "the größe"),
+    (["I say ", "<python_start>", "12*3", "<python_end>", "<output_start>", "36", "<output_end>", " ok"],
+     "I say [12*3 = 36] ok"),
+    (["<python_start>", "1/0", "<python_end>", "no"], "[1/0]no"),
+    (["<python_start>", "1/0", "<python_end>"], "[1/0]"),
+    (["<python_start>", "cut"], "[cut"),
+    (["<user_start>", "a", "<user_end>"], "a"),
+])
+def test_streamed_text_is_legible(tokenizer, parts, shown):
+    pieces = list(chat_cli.legible(ids_of(tokenizer, *parts), tokenizer))
+    assert "".join(pieces) == shown and not any("�" in piece for piece in pieces)
+
+
+def test_characters_cut_at_the_end_are_shown_as_such(tokenizer):
+    assert "".join(chat_cli.legible(list("hé".encode())[:-1], tokenizer)) == "h�"
+
+
+@pytest.mark.parametrize("ending", ["<assistant_end>", "<bos>", None, "stop"])
+def test_however_an_answer_ends_the_next_prompt_is_well_formed(tokenizer, capsys, ending):
+    said = ids_of(tokenizer, "the cat sat")[:10]
+    end = [] if ending is None else [ending] if ending == "stop" else ids_of(tokenizer, ending)
+    more = [] if ending is None else ids_of(tokenizer, "never")
+    chat, engine = make_chat(tokenizer, said + end + more, [], sequence_len=99)
+    if ending is None:
+        chat.args.max_tokens = len(said) # cut off by the limit
+    chat.answer("hat")
+    assert capsys.readouterr().out == "Assistant: the cat sat\n"
+    chat.answer("dog")
+    turn = ["<user_start>", "hat", "<user_end>", "<assistant_start>", "the cat sat", "<assistant_end>"]
+    opening = ["<user_start>", "dog", "<user_end>", "<assistant_start>"]
+    assert engine.prompts[1] == ids_of(tokenizer, "<bos>", *turn, *opening)
+    assert engine.settings[0]["seed"] != engine.settings[1]["seed"]
+
+
+def test_oldest_turns_are_dropped_and_it_says_so(tokenizer, capsys):
+    word = ids_of(tokenizer, "the")
+    chat, engine = make_chat(tokenizer, *[word] * 12)
+    for _ in range(12):
+        chat.answer("cat")
+    assert max(map(len, engine.prompts)) <= 48 - 16
+    assert all(prompt[:2] == ids_of(tokenizer, "<bos>", "<user_start>") for prompt in engine.prompts)
+    assert "(forgetting the oldest 1 turn(s): the context of 48 tokens is full)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="tokens, at most 31 fit beside an answer"):
+        chat.answer("q" * 40)
+
+
+def test_an_answer_never_leaves_the_context(tokenizer):
+    chat, engine = make_chat(tokenizer, ids_of(tokenizer, "the") * 200, flags=["--max-tokens", "1000"])
+    chat.answer("cat")
+    assert len(engine.prompts[0]) + engine.settings[0]["max_tokens"] - 1 == 48
+
+
+def type_in(monkeypatch, *lines):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+@pytest.mark.parametrize("last", ["quit", "EXIT", None])
+def test_commands(tokenizer, monkeypatch, capsys, last):
+    chat, engine = make_chat(tokenizer, *[ids_of(tokenizer, "sat")] * 3)
+    type_in(monkeypatch, "cat", "", "q" * 40, "Clear", "dog", *([last] if last else []))
+    chat_cli.talk(chat)
+    out = capsys.readouterr().out
+    assert "User: cat\nAssistant: sat\n" in out and "(a new conversation)" in out and out.endswith("Goodbye!\n")
+    assert "(this message has" in out # the session goes on
+    assert engine.prompts[1] == ids_of(tokenizer, "<bos>", "<user_start>", "dog", "<user_end>", "<assistant_start>")
+
+
+@pytest.mark.parametrize("prompt", ["the cat", "clear", "quit"])
+def test_one_prompt_gives_one_answer_and_is_no_command(base_dir, capsys, prompt):
+    outs = []
+    for _ in range(2):
+        chat_cli.main(["-p", prompt, "--seed", "3", "--max-tokens", "8", "-t", "1", "--device-type", "cpu"])
+        outs.append(capsys.readouterr().out)
+    assert "Assistant: " in outs[0] and "User" not in outs[0] and "<|" not in outs[0]
+    assert outs[0] == outs[1] # with a seed

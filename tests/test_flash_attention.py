@@ -1,0 +1,173 @@
+"""Every back end against attention written out with loops."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import nanochat.flash_attention as fa
+from nanochat.flash_attention import flash_attn
+
+
+@pytest.fixture
+def override():
+    """Set the forced back end; restored whatever happens."""
+    yield lambda name: setattr(fa, "_override_impl", name)
+    fa._override_impl = None
+
+
+def reference(q, k, v, offsets, causal, left, right):
+    """Loops over rows, heads and queries; offsets: absolute position of the first query of each row."""
+    B, Tq, H, D = q.shape
+    y = torch.zeros_like(q)
+    for b in range(B):
+        for h in range(H):
+            for i in range(Tq):
+                p, g = offsets[b] + i, h // (H // k.size(2))
+                keys = [j for j in range(k.size(1)) if (not causal or j <= p) and (left < 0 or j >= p - left)
+                        and (causal or right < 0 or j <= p + right)]
+                weights = torch.softmax(torch.stack([q[b, i, h] @ k[b, j, g] for j in keys]) / math.sqrt(D), dim=0)
+                y[b, i, h] = sum(w * v[b, j, g] for w, j in zip(weights, keys))
+    return y
+
+
+def qkv(B=2, Tq=7, Tk=7, H=4, K=2, D=8):
+    torch.manual_seed(0)
+    return (torch.randn(B, Tq, H, D, dtype=torch.float64), torch.randn(B, Tk, K, D, dtype=torch.float64),
+            torch.randn(B, Tk, K, D, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("causal, window", [(True, (-1, -1)), (True, (-1, 0)), (True, (0, 0)), (True, (3, 0)), (True, (6, 0)),
+                                            (True, (50, 0)), (False, (-1, -1)), (False, (2, 1)), (False, (-1, 2))])
+@pytest.mark.parametrize("Tq, Tk", [(7, 7), (3, 7), (1, 7)])
+def test_without_cache(causal, window, Tq, Tk):
+    q, k, v = qkv(Tq=Tq, Tk=Tk)
+    y = flash_attn.flash_attn_func(q, k, v, causal=causal, window_size=window)
+    torch.testing.assert_close(y, reference(q, k, v, [Tk - Tq] * 2, causal, *window))
+
+
+@pytest.mark.parametrize("left", [-1, 0, 2, 4, 100])
+@pytest.mark.parametrize("T_new", [1, 3])
+@pytest.mark.parametrize("start", [5, 0, "rows"])
+def test_with_cache_equals_loops_at_every_position(left, T_new, start):
+    q, k, v = qkv(Tq=T_new, Tk=T_new)
+    _, k_cache, v_cache = qkv(Tk=12)
+    starts = [5, 2] if start == "rows" else [start, start]
+    expected = []
+    for b, s in enumerate(starts):
+        keys, values = (torch.cat([c[b:b + 1, :s], new[b:b + 1]], dim=1) for c, new in ((k_cache, k), (v_cache, v)))
+        expected.append(reference(q[b:b + 1], keys, values, [s], True, left, 0))
+    lengths = torch.tensor(starts, dtype=torch.int32) if start == "rows" else start
+    y = flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths, causal=True,
+                                           window_size=(left, 0))
+    torch.testing.assert_close(y, torch.cat(expected))
+    for b, s in enumerate(starts): # written in place, where they belong
+        assert torch.equal(k_cache[b, s:s + T_new], k[b]) and torch.equal(v_cache[b, s:s + T_new], v[b])
+
+
+def test_a_tensor_of_equal_positions_equals_the_int():
+    q, k, v = qkv(Tq=2, Tk=2)
+    _, k_cache, v_cache = qkv(Tk=9)
+    runs = [flash_attn.flash_attn_with_kvcache(q, k_cache.clone(), v_cache.clone(), k=k, v=v, cache_seqlens=lengths,
+                                               causal=True, window_size=(3, 0)) for lengths in (4, torch.tensor([4, 4]))]
+    torch.testing.assert_close(*runs)
+
+
+def test_gradients_equal_those_of_the_loops():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    weights = torch.randn(2, 7, 4, 8, dtype=torch.float64)
+    grads = torch.autograd.grad((flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(3, 0)) * weights).sum(), (q, k, v))
+    expected = torch.autograd.grad((reference(q, k, v, [0, 0], True, 3, 0) * weights).sum(), (q, k, v))
+    for grad, wanted in zip(grads, expected):
+        torch.testing.assert_close(grad, wanted)
+
+
+@pytest.mark.parametrize("lengths", [8, torch.tensor([2, 8])])
+def test_a_full_cache_is_an_error(lengths):
+    q, k, v = qkv(Tq=2, Tk=2)
+    _, k_cache, v_cache = qkv(Tk=9)
+    with pytest.raises(RuntimeError, match="9 positions is too short for 2 more"):
+        flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths, causal=True)
+
+
+# ---- the choice of the back end, with a fake kernel where there is no GPU ----
+
+def test_override(override):
+    override("sdpa")
+    assert fa._use_fa3() is False
+    override(None)
+    assert fa._use_fa3() is fa.HAS_FA3
+    override("fa3")
+    if fa.HAS_FA3:
+        assert fa._use_fa3() is True
+    else:
+        with pytest.raises(RuntimeError, match="Hopper"):
+            fa._use_fa3()
+
+
+class FakeKernel:
+    """Records how it is called; computes through the fallback."""
+    def __init__(self):
+        self.calls = []
+
+    def flash_attn_func(self, q, k, v, causal, window_size):
+        self.calls.append(("func", window_size))
+        return fa._sdpa(q, k, v, 0, causal, window_size)
+
+    def flash_attn_with_kvcache(self, q, k_cache, v_cache, k, v, cache_seqlens, causal, window_size):
+        assert cache_seqlens.dtype == torch.int32 and cache_seqlens.shape == (q.size(0),)
+        self.calls.append(("kvcache", window_size))
+        return q
+
+
+def test_the_kernel_is_called_as_fa3_wants_it(monkeypatch, override):
+    kernel = FakeKernel()
+    monkeypatch.setattr(fa, "_load_fa3", lambda: kernel)
+    override("fa3")
+    q, k, v = qkv()
+    flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(3, 0))
+    flash_attn.flash_attn_with_kvcache(q[:, :1], k, v, k=k[:, :1], v=v[:, :1], cache_seqlens=4, causal=True, window_size=(2, 0))
+    assert kernel.calls == [("func", (3, 0)), ("kvcache", (2, 0))]
+
+
+def test_a_loaded_kernel_is_not_used_for_cpu_or_fp32_tensors(monkeypatch):
+    monkeypatch.setattr(fa, "_load_fa3", FakeKernel)
+    assert not fa._use_fa3(qkv()[0])
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, size=lambda dim: 64)
+    assert fa._use_fa3(on_gpu)
+    assert not fa._use_fa3(SimpleNamespace(**{**vars(on_gpu), "dtype": torch.float32}))
+    assert not fa._use_fa3(SimpleNamespace(**{**vars(on_gpu), "size": lambda dim: 20}))
+
+
+@pytest.mark.parametrize("capability, wanted", [((9, 0), True), ((8, 0), False), ((10, 0), False), ((12, 0), False)])
+def test_fa3_loads_on_hopper_only(monkeypatch, capability, wanted):
+    import sys
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    kernel = SimpleNamespace(flash_attn_interface=FakeKernel())
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=lambda *args, **kwargs: kernel))
+    assert (fa._load_fa3.__wrapped__() is kernel.flash_attn_interface) is wanted
+
+
+def test_a_kernel_that_cannot_be_loaded_says_why(monkeypatch, caplog):
+    import sys
+    def broken(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=broken))
+    assert fa._load_fa3.__wrapped__() is None
+    assert "SDPA is: OSError: no network" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [(-1, -1), (32, 0)])
+def test_fa3_equals_sdpa_on_a_hopper_gpu(override, window):
+    if not fa.HAS_FA3:
+        pytest.skip("FlashAttention-3 is not available on this GPU")
+    q, k, v = (torch.randn(2, 128, 4, 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    override("fa3")
+    fast = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window)
+    override("sdpa")
+    torch.testing.assert_close(fast, flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window), atol=1e-2, rtol=1e-2)
