@@ -199,8 +199,8 @@ def step_to_resume(checkpoint_dir, resume, overwrite):
     """
     steps = complete_steps(checkpoint_dir)
     if steps and not (resume or overwrite):
-        raise UserError(f"{checkpoint_dir} holds checkpoints up to step {steps[-1]}: pass --resume to go on, --overwrite "
-                        "to delete them and start over, or another --model-tag")
+        raise UserError(f"{checkpoint_dir} holds checkpoints up to step {steps[-1]}: pass --resume to go on, "
+                        "--overwrite to delete them and start over, or another --model-tag")
     return last_sound_step(checkpoint_dir) if steps and resume else None
 
 

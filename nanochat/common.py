@@ -154,8 +154,8 @@ def dataset_label():
 def _refuse_to_mix(what):
     """Real benchmark files must not land beside generated stand-ins."""
     if dataset_label():
-        raise UserError(f"{get_base_dir()} holds the synthetic data set {dataset_label()}, so {what} is not fetched into it: "
-                        "set NANOCHAT_BASE_DIR to another folder")
+        raise UserError(f"{get_base_dir()} holds the synthetic data set {dataset_label()}, so {what} is not fetched "
+                        "into it: set NANOCHAT_BASE_DIR to another folder")
 
 # -----------------------------------------------------------------------------
 # Things fetched from elsewhere

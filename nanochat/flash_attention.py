@@ -1,5 +1,5 @@
 """
-Causal attention behind one contract: every back end, with or without a KV cache, windowed or not, gives the same numbers.
+Causal attention behind one contract: all back ends, with or without KV cache, windowed or not, give the same numbers.
 
     flash_attn.flash_attn_func(q, k, v, causal, window_size)
     flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, causal, window_size)
@@ -81,7 +81,8 @@ def _flash_attn_func(q, k, v, causal=False, window_size=(-1, -1)):
     return _sdpa(q, k, v, k.size(1) - q.size(1), causal, window_size)
 
 
-def _flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, causal=False, window_size=(-1, -1)):
+def _flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, causal=False,
+                             window_size=(-1, -1)):
     """
     Write k and v into the cache in place, then attend to everything up to the end of the new tokens.
 
@@ -97,7 +98,9 @@ def _flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=
     if on_host and new_len and int(torch.as_tensor(start).max()) + new_len > k_cache.size(1):
         raise RuntimeError(f"KV cache of {k_cache.size(1)} positions is too short for {new_len} more tokens")
     if _use_fa3(q):
-        lengths = start if torch.is_tensor(start) else torch.full((q.size(0),), start, dtype=torch.int32, device=q.device)
+        lengths = start
+        if not torch.is_tensor(start):
+            lengths = torch.full((q.size(0),), start, dtype=torch.int32, device=q.device)
         return _load_fa3().flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths,
                                                    causal=causal, window_size=window_size)
     if k is not None:
@@ -163,5 +166,6 @@ def _window_mask(q_len, k_len, offset, left, right, device):
 
 
 @functools.lru_cache(maxsize=32) # the layers of a model share a few shapes
+@torch.inference_mode(False) # a mask made while sampling must still serve training
 def _cached_window_mask(q_len, k_len, offset, left, right, device):
     return _window_mask(q_len, k_len, offset, left, right, device)

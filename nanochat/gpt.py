@@ -4,10 +4,11 @@ The Transformer: configuration, forward pass, initialisation, parameter groups a
     ids (B, T) -> embedding -> L x [mix with x0, attention, MLP] -> norm -> head -> softcap -> logits (B, T, V) or loss
 
 A GPT-2 like decoder with rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864), QK norm (Henry et al.
-2020, https://arxiv.org/abs/2010.04245), parameter-free RMSNorm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467),
-squared ReLU (So et al. 2021, https://arxiv.org/abs/2109.08668), grouped-query attention (Ainslie et al. 2023,
-https://arxiv.org/abs/2305.13245), sliding windows, logit softcap (Gemma 2, https://arxiv.org/abs/2408.00118), value
-embeddings (Zhou et al. 2024, https://arxiv.org/abs/2410.17897) and per-layer scalars as in modded-nanogpt.
+2020, https://arxiv.org/abs/2010.04245), parameter-free RMSNorm (Zhang & Sennrich 2019,
+https://arxiv.org/abs/1910.07467), squared ReLU (So et al. 2021, https://arxiv.org/abs/2109.08668), grouped-query
+attention (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245), sliding windows, logit softcap (Gemma 2,
+https://arxiv.org/abs/2408.00118), value embeddings (Zhou et al. 2024, https://arxiv.org/abs/2410.17897) and per-layer
+scalars as in modded-nanogpt.
 
 Letters, here and everywhere: B rows, T positions, C = n_embd, H query heads, Hkv key/value heads, D = C / H head
 dimension, V vocabulary, Vp padded vocabulary, L layers.
@@ -50,7 +51,8 @@ class GPTConfig:
         if min(sizes) < 1:
             return
         yield self.n_embd % self.n_head != 0, f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})"
-        yield self.n_head % self.n_kv_head != 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})"
+        yield (self.n_head % self.n_kv_head != 0,
+               f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
         yield self.n_embd // self.n_head % 2 != 0, f"the head dimension must be even, got {self.n_embd / self.n_head:g}"
         yield self.n_embd < GATE_CHANNELS, f"n_embd must be at least {GATE_CHANNELS}, got {self.n_embd}"
         yield (not self.window_pattern or set(self.window_pattern.upper()) - {"S", "L"},
@@ -217,7 +219,8 @@ class GPT(nn.Module):
         self.block_fn, self.losses_fn = Block.forward, token_losses # training.compile_model swaps in compiled ones
         padded = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
         if padded != config.vocab_size:
-            print0(f"Vocabulary padded from {config.vocab_size:,} to {padded:,} rows, a multiple of {pad_vocab_size_to}")
+            print0(f"Vocabulary padded from {config.vocab_size:,} to {padded:,} rows, "
+                   f"a multiple of {pad_vocab_size_to}")
         L, kv_dim = config.n_layer, config.n_embd // config.n_head * config.n_kv_head
         ve_layers = [i for i in range(L) if value_embeds and has_ve(i, L)]
         if lambdas:
@@ -270,13 +273,15 @@ class GPT(nn.Module):
             for table in [self.transformer.wte, *self.value_embeds.values()]:
                 table.to(torch.bfloat16)
 
+    @torch.inference_mode(False) # tables that grow while sampling must still serve training afterwards
     def init_rotary(self, length=None):
         """Make the cos and sin tables for `length` positions (default 10 x sequence_len), each (1, S, 1, D/2)."""
         length = length or 10 * self.config.sequence_len
         head_dim = self.config.n_embd // self.config.n_head
         exact = torch.float64 if self.rotary_dtype == torch.float64 else torch.float32
         channel = torch.arange(0, head_dim, 2, dtype=exact, device=self.get_device())
-        angle = torch.outer(torch.arange(length, dtype=exact, device=channel.device), ROTARY_BASE ** (-channel / head_dim))
+        position = torch.arange(length, dtype=exact, device=channel.device)
+        angle = torch.outer(position, ROTARY_BASE ** (-channel / head_dim))
         self.cos = angle.cos().to(self.rotary_dtype)[None, :, None, :]
         self.sin = angle.sin().to(self.rotary_dtype)[None, :, None, :]
 

@@ -1,11 +1,12 @@
 """
 MuonAdamW: one optimizer for all parameters of a model, on one rank or many.
 
-    groups of kind "adamw"   Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (https://arxiv.org/abs/1711.05101)
+    groups of kind "adamw"   Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization"
+                             (https://arxiv.org/abs/1711.05101)
     groups of kind "muon"    Jordan et al. 2024, "Muon" (https://kellerjordan.github.io/posts/muon/), orthogonalised by
-                             Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932), with the row-wise variance
-                             reduction of NorMuon (Li et al. 2025, https://arxiv.org/abs/2510.05491) and cautious weight
-                             decay (Chen et al. 2025, https://arxiv.org/abs/2510.12402)
+                             Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932), with the row-wise
+                             variance reduction of NorMuon (Li et al. 2025, https://arxiv.org/abs/2510.05491) and
+                             cautious weight decay (Chen et al. 2025, https://arxiv.org/abs/2510.12402)
 
 Hyper-parameters are read from the groups at every step, so schedules just assign to them.
 """

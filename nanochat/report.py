@@ -8,7 +8,6 @@ A section lies in <base>/report/ twice: <slug>.md for people and <slug>.json for
 data by exact key, never from the printed text. Needs no network; plots need matplotlib and are left out without it.
 """
 import argparse
-import contextlib
 import datetime
 import glob
 import json
@@ -51,11 +50,9 @@ def git(*arguments):
 
 
 def _git_lines():
-    commit = git("rev-parse", "--short", "HEAD")
-    state = " (dirty)" if git("status", "--porcelain") else " (clean)"
+    commit, state = git("rev-parse", "--short", "HEAD"), "dirty" if git("status", "--porcelain") else "clean"
     return {"Branch": git("rev-parse", "--abbrev-ref", "HEAD") or "unknown",
-            "Commit": commit + state if commit else "unknown",
-            "Message": git("log", "-1", "--format=%s")[:80]}
+            "Commit": f"{commit} ({state})" if commit else "unknown", "Message": git("log", "-1", "--format=%s")[:80]}
 
 
 def _hardware_lines():
@@ -322,11 +319,9 @@ class Report:
 
     def reset(self):
         """Begin a new run: delete all sections and the report, write a fresh header."""
-        logged = [path.removesuffix(".json") for path in glob.glob(self._path("*.json"))]
-        for stem in [*logged, *map(self._path, SECTIONS), self._path("report"), *glob.glob(self._path("report_*.png"))]:
-            for path in (stem, f"{stem}.md", f"{stem}.json"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+        for pattern in ("*.md", "*.json", "report_*.png"):
+            for path in glob.glob(self._path(pattern)):
+                os.unlink(path)
         run = {"run_id": uuid.uuid4().hex[:12], "started": datetime.datetime.now().strftime(TIME_FORMAT)}
         with atomic_write(self._path("header.md")) as file:
             file.write(render_header(**run))
@@ -336,14 +331,10 @@ class Report:
 class DummyReport:
     """Stands in for the report on every rank but the first."""
 
-    def log(self, section, data):
+    def log(self, section=None, data=None):
         pass
 
-    def generate(self):
-        pass
-
-    def reset(self):
-        pass
+    generate = reset = log
 
 
 def get_report():

@@ -56,7 +56,7 @@ def training_horizon(args, flops_per_token, scaling_params):
     """
     Number of optimizer steps: --num-iterations, else --target-flops, else --target-param-data-ratio.
 
-    The first that is positive counts. The ratio is tokens per scaling parameter (block matrices and head). Raises ValueError.
+    The first positive one counts. The ratio is tokens per scaling parameter (block matrices, head). Raises ValueError.
     """
     if args.num_iterations > 0:
         return args.num_iterations
@@ -66,12 +66,13 @@ def training_horizon(args, flops_per_token, scaling_params):
         tokens = int(args.target_param_data_ratio * scaling_params)
         num_steps, flag = tokens // args.total_batch_size, "--target-param-data-ratio"
     if num_steps < 1:
-        raise ValueError(f"{flag} is too small for even one step of --total-batch-size {args.total_batch_size:,} tokens")
+        raise ValueError(f"{flag} is too small for even one step of --total-batch-size {args.total_batch_size:,} "
+                         "tokens")
     return num_steps
 
 
 def lr_multiplier(step, num_steps, warmup_ratio=0.0, warmdown_ratio=0.4, final_lr_frac=0.0):
-    """Factor on all learning rates at step 0 .. num_steps-1: linear warmup, constant, linear warmdown to the final one."""
+    """Factor on all learning rates at step 0 .. num_steps-1: linear warmup, constant, linear warmdown to the last."""
     warmup, warmdown = round(warmup_ratio * num_steps), round(warmdown_ratio * num_steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -119,8 +120,8 @@ def accumulate(model, micro_batches, num_targets, compute):
 def check_loss(loss, step):
     """Raise UserError when the loss is not finite: nothing after it would be worth keeping."""
     if not math.isfinite(loss):
-        raise UserError(f"the loss became {loss} in step {step}, which is not saved: lower the learning rates, or check the data; "
-                        "--resume goes on from the last checkpoint")
+        raise UserError(f"the loss became {loss} in step {step}, which is not saved: lower the learning rates, or "
+                        "check the data; --resume goes on from the last checkpoint")
 
 
 def compile_model(model, mode, warm_up):
@@ -139,7 +140,7 @@ def compile_model(model, mode, warm_up):
     try:
         warm_up()
         return f"Compile: blocks and loss compiled in {time.time() - start:.1f} s"
-    except Exception as error: # no C++ compiler, an unsupported device, a missing header: eager does the same mathematics
+    except Exception as error: # no C++ compiler, an unsupported device, a missing header: eager computes the same
         model.block_fn, model.losses_fn = Block.forward, token_losses
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if mode == "on":
@@ -171,7 +172,7 @@ class Throughput:
 
     def __init__(self, tokens_per_step, flops_per_token, peak_flops, total_time=0.0):
         self.tokens_per_step, self.total_time = tokens_per_step, total_time
-        self.flops_per_step, self.peak_flops = tokens_per_step * flops_per_token, peak_flops # peak of all ranks together
+        self.flops_per_step, self.peak_flops = tokens_per_step * flops_per_token, peak_flops # peak of all ranks
         self.steps, self.counted_time, self.tok_per_sec, self.mfu = 0, 0.0, 0, 0.0
 
     def update(self, seconds):
@@ -192,7 +193,7 @@ class MetricsLog:
     """
     metrics.jsonl of a training run: one JSON object per line, each with a "step".
 
-    On a resume the lines from `resume_step` on are dropped, since those steps are done again. Silent when not `enabled`.
+    On a resume the lines from `resume_step` on are dropped: those steps are done again. Silent when not `enabled`.
     """
 
     def __init__(self, folder, resume_step=0, enabled=True):
@@ -218,7 +219,7 @@ class MetricsLog:
 
 
 class Stop:
-    """Notes SIGTERM and Ctrl-C, so that the loop can finish its step, save and leave. A second Ctrl-C leaves at once."""
+    """Notes SIGTERM and Ctrl-C, so that the loop can finish its step, save and leave. A second Ctrl-C leaves now."""
 
     def __init__(self):
         self.signal = None

@@ -38,10 +38,10 @@ from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumula
                                set_schedule, training_horizon, try_evaluation)
 
 # Flags that change the mathematics of a run: a resumed run must have the saved values.
-FIXED_ON_RESUME = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "num_iterations", "target_flops",
-                   "target_param_data_ratio", "total_batch_size", "embedding_lr", "unembedding_lr", "weight_decay",
-                   "matrix_lr", "scalar_lr", "adam_beta1", "adam_beta2", "warmup_ratio", "warmdown_ratio",
-                   "final_lr_frac", "seed")
+FIXED_ON_RESUME = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "num_iterations",
+                   "target_flops", "target_param_data_ratio", "total_batch_size", "embedding_lr", "unembedding_lr",
+                   "weight_decay", "matrix_lr", "scalar_lr", "adam_beta1", "adam_beta2", "warmup_ratio",
+                   "warmdown_ratio", "final_lr_frac", "seed")
 
 
 def build_parser():
@@ -49,15 +49,15 @@ def build_parser():
     add = parser.add_argument
     add("--run", default="dummy", help="wandb run name; dummy = no wandb")
     add("--device-type", default="", choices=["", "cuda", "cpu", "mps"], help="empty = the first that is available")
-    add("--dtype", default="", choices=["", *DTYPES], help="dtype of activations; empty = bfloat16 where the hardware has it")
-    add("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile; auto = on, eager where it fails")
+    add("--dtype", default="", choices=["", *DTYPES], help="dtype of activations; empty = bfloat16 if in hardware")
+    add("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile; auto = on, eager if it fails")
     add("--seed", type=int, default=42, help="seed of the initialisation")
     # model
     add("--depth", type=int, default=20, help="number of layers: the one dial from which the rest follows")
     add("--aspect-ratio", type=int, default=64, help="width = depth x this, rounded up to a multiple of --head-dim")
     add("--head-dim", type=int, default=128, help="width of an attention head")
     add("--max-seq-len", type=int, default=2048, help="context length in tokens")
-    add("--window-pattern", default="SSSL", help="attention window per layer, tiled: L = full, S = half; the last is always L")
+    add("--window-pattern", default="SSSL", help="attention window per layer, tiled: L = full, S = half; the last is L")
     # horizon, first positive one of the three
     add("--num-iterations", type=int, default=-1, help="optimizer steps; -1 = from --target-flops")
     add("--target-flops", type=float, default=-1.0, help="training FLOPs; -1 = from --target-param-data-ratio")
@@ -94,7 +94,8 @@ def build_parser():
 
 def check_args(args):
     """All that is wrong with the flags, as sentences."""
-    positive = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "total_batch_size", "eval_tokens")
+    positive = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "total_batch_size",
+                "eval_tokens")
     problems = [f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
                 for name in positive if getattr(args, name) < 1]
     if not problems:
@@ -142,7 +143,8 @@ def print_plan(args, model, tokenizer, compute, num_steps):
     scaling = sizes["transformer_matrices"] + sizes["lm_head"]
     base_dim = args.depth * args.aspect_ratio
     print0(describe_backend(compute.device, model.compute_dtype))
-    print0(f"Compute dtype: {str(model.compute_dtype).split('.')[1]}, master weights fp32, {torch.get_num_threads()} threads")
+    print0(f"Compute dtype: {str(model.compute_dtype).split('.')[1]}, master weights fp32, "
+           f"{torch.get_num_threads()} threads")
     print0(f"Vocabulary size: {tokenizer.get_vocab_size():,}")
     print0(f"num_layers: {config.n_layer}")
     print0(f"model_dim: {config.n_embd} (base: {base_dim}, nudge: {config.n_embd - base_dim:+d})")
@@ -179,13 +181,14 @@ def build_optimizer(model, args):
     scale = (args.total_batch_size / 2**19) ** 0.5
     print0(f"Learning rates scaled by {scale:.6f} for the batch size, weight decay to {scaled_weight_decay(args):.6f}")
     return model.setup_optimizer(
-        unembedding_lr=args.unembedding_lr * scale, embedding_lr=args.embedding_lr * scale, matrix_lr=args.matrix_lr * scale,
-        weight_decay=scaled_weight_decay(args), adam_betas=(args.adam_beta1, args.adam_beta2),
-        scalar_lr=args.scalar_lr * scale)
+        unembedding_lr=args.unembedding_lr * scale, embedding_lr=args.embedding_lr * scale,
+        matrix_lr=args.matrix_lr * scale, weight_decay=scaled_weight_decay(args),
+        adam_betas=(args.adam_beta1, args.adam_beta2), scalar_lr=args.scalar_lr * scale)
 
 
-def evaluate_val_bpb(model, tokenizer, args, compute):
-    batches = pretraining_loader(tokenizer, args.device_batch_size, args.max_seq_len, "val", device=compute.device)
+def evaluate_val_bpb(model, tokenizer, args, compute, lanes):
+    batches = pretraining_loader(tokenizer, args.device_batch_size, args.max_seq_len, "val", device=compute.device,
+                                 num_lanes=lanes) # the same documents for any number of ranks
     tokens_per_step = args.device_batch_size * args.max_seq_len * compute.ddp_world_size
     steps = max(1, args.eval_tokens // tokens_per_step)
     with torch.no_grad():
@@ -197,13 +200,14 @@ def evaluate(run, step, last_step):
     args, model, tokenizer, compute = run.args, run.model, run.tokenizer, run.compute
     metrics = {}
     if is_due(args.eval_every, step, last_step) or (args.eval_every > 0 and step == 0):
-        bpb = try_evaluation("Validation", lambda: evaluate_val_bpb(model, tokenizer, args, compute))
+        bpb = try_evaluation("Validation", lambda: evaluate_val_bpb(model, tokenizer, args, compute, run.lanes))
         if bpb is not None:
             print0(f"Step {step:05d} | Validation bpb: {bpb:.6f}")
             metrics["val/bpb"] = bpb
             run.min_val_bpb = min(bpb, run.min_val_bpb if run.min_val_bpb is not None else bpb)
     if is_due(args.core_metric_every, step, last_step):
-        core = try_evaluation("CORE", lambda: evaluate_model(model, tokenizer, compute.device, args.core_metric_max_per_task))
+        core = try_evaluation("CORE", lambda: evaluate_model(model, tokenizer, compute.device,
+                                                             args.core_metric_max_per_task))
         if core is not None:
             print0(f"Step {step:05d} | CORE metric: {core['core_metric']:.4f}")
             metrics.update({"core_metric": core["core_metric"], "centered_results": core["centered_results"]})
@@ -255,7 +259,7 @@ def train(run, batches, num_steps, accum_steps):
     """The whole of training on one page. Returns the metrics of the last evaluation."""
     args, model, optimizer, compute = run.args, run.model, run.optimizer, run.compute
     with Stop() as stop:
-        for step in range(run.saved_step or 0, num_steps + 1): # one more than the steps, so that the end is saved and evaluated
+        for step in range(run.saved_step or 0, num_steps + 1): # one more than the steps: the end is saved, evaluated
             last_step = step == num_steps
             stopped = stop.requested(compute)
 
@@ -296,10 +300,10 @@ def train(run, batches, num_steps, accum_steps):
 class Run:
     """What a run carries from step to step; everything in it is saved, or made again from what is saved."""
 
-    def __init__(self, args, compute, tokenizer, model, optimizer, folder, meta):
+    def __init__(self, args, compute, tokenizer, model, optimizer, folder, meta, lanes):
         loop = (meta or {}).get("loop_state", {})
         self.args, self.compute, self.tokenizer = args, compute, tokenizer
-        self.model, self.optimizer, self.folder = model, optimizer, folder
+        self.model, self.optimizer, self.folder, self.lanes = model, optimizer, folder, lanes
         self.saved_step = meta["step"] if meta else None
         self.data_state = meta["dataloader_state_dict"] if meta else None
         self.min_val_bpb = loop.get("min_val_bpb")
@@ -313,7 +317,8 @@ class Run:
 
 def load_for_resume(folder, step, args, model, optimizer, compute):
     """Put a saved step into model and optimizer; returns its meta."""
-    weights, optimizer_state, meta = load_checkpoint(folder, step, compute.device, load_optimizer=True, rank=compute.ddp_rank)
+    weights, optimizer_state, meta = load_checkpoint(folder, step, compute.device, load_optimizer=True,
+                                                     rank=compute.ddp_rank)
     refuse_changes(meta["user_config"], vars(args), FIXED_ON_RESUME)
     model.load_state_dict(weights)
     optimizer.load_state_dict(optimizer_state)
@@ -340,7 +345,8 @@ def report(run, plan, metrics):
     outcome = {
         "Minimum validation bpb": run.min_val_bpb,
         "Final validation bpb": metrics.get("val/bpb"),
-        f"CORE metric estimate ({f'at most {cap} examples per task' if cap > 0 else 'all examples'})": metrics.get("core_metric"),
+        f"CORE metric estimate ({f'at most {cap} examples per task' if cap > 0 else 'all examples'})":
+            metrics.get("core_metric"),
         "MFU %": run.speed.mfu,
         "Total training flops": run.speed.flops_per_step * plan["Calculated number of iterations"],
         "Total training time": f"{run.speed.total_time / 60:.2f}m",
@@ -356,7 +362,9 @@ def main(argv=None):
         parser.error("; ".join(problems))
     print_banner()
     folder = checkpoint_dir("base", args.model_tag or f"d{args.depth}")
-    resume_step = args.resume_from_step if args.resume_from_step >= 0 else step_to_resume(folder, args.resume, args.overwrite)
+    resume_step = args.resume_from_step
+    if resume_step < 0:
+        resume_step = step_to_resume(folder, args.resume, args.overwrite)
     tokenizer = get_tokenizer()
     compute = compute_init(args.device_type, args.seed)
     dtype = get_compute_dtype(compute.device, args.dtype)
@@ -369,16 +377,18 @@ def main(argv=None):
     plan = print_plan(args, model, tokenizer, compute, num_steps)
     optimizer = build_optimizer(model, args)
     meta = load_for_resume(folder, resume_step, args, model, optimizer, compute) if resume_step is not None else None
-    if args.overwrite and compute.is_master:
+    state = meta["dataloader_state_dict"] if meta else None
+    lanes = state["num_lanes"] if state else max(args.lanes, compute.ddp_world_size)
+    batches = pretraining_loader(tokenizer, args.device_batch_size, args.max_seq_len, "train", device=compute.device,
+                                 resume_state_dict=state, num_lanes=lanes)
+    if args.overwrite and compute.is_master: # only now that all else is known to be right
         shutil.rmtree(folder, ignore_errors=True)
-    run = Run(args, compute, tokenizer, model, optimizer, folder, meta)
+    run = Run(args, compute, tokenizer, model, optimizer, folder, meta, lanes)
     if run.saved_step == num_steps and meta["val_bpb"] is not None:
         print0(f"Nothing to do: {folder} is complete at step {num_steps}")
         return
-    lanes = meta["dataloader_state_dict"]["num_lanes"] if meta and run.data_state else max(args.lanes, compute.ddp_world_size)
-    batches = pretraining_loader(tokenizer, args.device_batch_size, args.max_seq_len, "train", device=compute.device,
-                                 resume_state_dict=run.data_state, num_lanes=lanes)
-    accum_steps = grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len, compute.ddp_world_size)
+    accum_steps = grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len,
+                                   compute.ddp_world_size)
     print0(compile_model(model, args.compile, lambda: warm_up(model, args, compute)))
     metrics = train(run, batches, num_steps, accum_steps)
     report(run, plan, metrics)

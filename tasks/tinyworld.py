@@ -1,8 +1,8 @@
 """
 TinyWorld: held-out questions about the embedded data set (made by dev/tinyworld), and its training conversations.
 
-Domains: the domains of the facts, arithmetic (with calculator calls), spelling, story (following who has what) and honesty
-(saying that one does not know). A row says what counts as an answer and which rivals would make it wrong.
+Domains: the domains of the facts, arithmetic (with calculator calls), spelling, story (following who has what) and
+honesty (saying that one does not know). A row says what counts as an answer and which rivals would make it wrong.
 """
 import json
 import re
@@ -41,7 +41,8 @@ class TinyWorld(Task):
     def __init__(self, mode="free", split="test", **slice_kwargs):
         super().__init__(**slice_kwargs)
         self.mode = one_of("TinyWorld's mode", mode, ("free", "choice"))
-        self.split = one_of(f"TinyWorld's split in {mode} mode", split, ("test", "train") if mode == "free" else ("test",))
+        allowed = ("test", "train") if mode == "free" else ("test",)
+        self.split = one_of(f"TinyWorld's split in {mode} mode", split, allowed)
         self.data = load_rows("nanochat/tinyworld", None, split)
 
     @property

@@ -1,5 +1,4 @@
 """For all tests: none touches the user's own files, and those for a GPU run only where there is one."""
-import os
 
 import pytest
 import torch

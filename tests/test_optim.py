@@ -13,8 +13,8 @@ G = [[0.02, 0.01, -0.03], [0.05, -0.02, 0.01], [0.0, 0.04, 0.02], [-0.01, 0.03, 
 
 
 def muon(*params, **changes):
-    return MuonAdamW([{"kind": "muon", "params": list(params), "lr": 0.02, "momentum": 0.95, "ns_steps": 5, "beta2": 0.95,
-                       "weight_decay": 0.1, **changes}])
+    return MuonAdamW([{"kind": "muon", "params": list(params), "lr": 0.02, "momentum": 0.95, "ns_steps": 5,
+                       "beta2": 0.95, "weight_decay": 0.1, **changes}])
 
 
 def adamw(*params, **changes):
@@ -40,7 +40,8 @@ def test_one_muon_step_on_a_tall_matrix(dtype, tolerance):
     torch.testing.assert_close(state["momentum_buffer"][0, 0], torch.tensor([0.001, 0.0005, -0.0015], dtype=dtype))
     assert state["second_momentum_buffer"].shape == (1, 4, 1)
     variance = torch.tensor([0.00879017, 0.01337086, 0.00842915, 0.00909987], dtype=dtype)
-    torch.testing.assert_close(state["second_momentum_buffer"].flatten(), variance, atol=1e-6 if dtype == torch.float64 else 5e-3, rtol=0)
+    tolerance = 1e-6 if dtype == torch.float64 else 5e-3
+    torch.testing.assert_close(state["second_momentum_buffer"].flatten(), variance, atol=tolerance, rtol=0)
 
 
 def test_one_muon_step_on_the_transposed_matrix():

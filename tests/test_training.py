@@ -34,7 +34,7 @@ def test_due():
 
 
 def test_lr_multiplier_at_the_boundaries():
-    """N = 10, warmup 0.2 -> 2 steps, warmdown 0.4 -> 4 steps: 1/2, 1, then 1 until step 6, then 3/4, 2/4, 1/4 of the way."""
+    """N = 10, warmup 0.2 -> 2 steps, warmdown 0.4 -> 4 steps: 1/2, 1, then 1 until step 6, then 3/4, 2/4, 1/4."""
     values = [lr_multiplier(t, 10, 0.2, 0.4, 0.0) for t in range(10)]
     assert values == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
     assert lr_multiplier(9, 10, 0.0, 0.4, 0.2) == pytest.approx(0.25 + 0.75 * 0.2)
@@ -70,7 +70,8 @@ def test_horizon_precedence(flags, steps):
 
 
 def test_a_horizon_of_no_steps_is_refused():
-    args = argparse.Namespace(num_iterations=-1, target_flops=-1.0, target_param_data_ratio=0.001, total_batch_size=1000)
+    args = argparse.Namespace(num_iterations=-1, target_flops=-1.0, target_param_data_ratio=0.001,
+                              total_batch_size=1000)
     with pytest.raises(ValueError, match="--target-param-data-ratio is too small"):
         training_horizon(args, 1000, 1000)
 
@@ -173,7 +174,8 @@ def test_compiling_that_fails_falls_back_and_says_why():
     model = tiny_model(torch.float32)
     def broken():
         raise RuntimeError("no C++ compiler\nand a long trace")
-    assert compile_model(model, "auto", broken) == "Compile: off, running eagerly because compiling failed: no C++ compiler"
+    reason = "Compile: off, running eagerly because compiling failed: no C++ compiler"
+    assert compile_model(model, "auto", broken) == reason
     assert model.block_fn is type(model.transformer.h[0]).forward
     with pytest.raises(UserError, match="--compile on was asked for, but compiling failed: no C"):
         compile_model(model, "on", broken)

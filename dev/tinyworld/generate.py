@@ -39,7 +39,7 @@ ROWS = { # of the other stand-ins
 PER_FACT = {"documents": 22, "conversations": 7} # defaults of the flags
 LEAST = {"facts": 40, "documents": 100, "conversations": 100, "questions": 20}
 SHARDS = 4 # for training; one more is for validation
-ROW_GROUP = 256 # rows; small, so that even a small world has row groups for several lanes
+ROW_GROUP = 64 # small, so that several lanes (ranks) find row groups even in a small world
 
 
 def build_parser():
@@ -159,8 +159,8 @@ def generate(args):
         (folder.root / name).unlink(missing_ok=True)
     files = dict(sorted(folder.files.items()))
     write_json(folder.root / "manifest.json", {**manifest, "validation_shard": shard, "files": files})
-    print(f"tinyworld: {len(world.facts):,} facts ({len(world.prose_only)} never asked about) and {len(texts):,} documents "
-          f"({sum(map(len, texts)):,} characters) in {folder.root}")
+    print(f"tinyworld in {folder.root}: {len(world.facts):,} facts ({len(world.prose_only)} never asked about), "
+          f"{len(texts):,} documents, {sum(map(len, texts)):,} characters")
 
 
 def main(argv=None):

@@ -47,11 +47,11 @@ def fact_documents(world, rng, names):
 
 def grouped(facts, style, rng):
     """Pieces of three to five facts: of one relation, of one entity, or of anything."""
-    facts, pieces = rng.sample(facts, len(facts)), []
-    if style.startswith("relation"):
-        facts.sort(key=lambda fact: fact.relation.name) # stable: random within a relation
+    facts, pieces, place = rng.sample(facts, len(facts)), [], {}
+    if style.startswith("relation"): # in a random order of the relations; sorting is stable, so random within one too
+        facts.sort(key=lambda fact: place.setdefault(fact.relation.name, rng.random()))
     elif style == "entity":
-        facts.sort(key=lambda fact: (fact.relation.entity, fact.x))
+        facts.sort(key=lambda fact: place.setdefault((fact.relation.entity, fact.x), rng.random()))
     while facts:
         size = rng.randint(3, 5)
         pieces.append(facts[:size])
