@@ -137,8 +137,9 @@ def claim_base_dir(name, synthetic, validation_shard=None, files=None):
     """
     manifest = read_manifest() or {"name": name, "synthetic": synthetic, "validation_shard": None, "files": {}}
     if (manifest["name"], manifest["synthetic"]) != (name, synthetic):
-        raise UserError(f"{get_base_dir()} holds the data set {manifest['name']}, not {name}: data sets never mix, "
-                        "so set NANOCHAT_BASE_DIR to another folder")
+        raise UserError(f"{get_base_dir()} holds the data set {manifest['name']}, not {name} "
+                        f"({'synthetic' if synthetic else 'real'}): data sets never mix, so set NANOCHAT_BASE_DIR to "
+                        "another folder")
     manifest["validation_shard"] = validation_shard or manifest["validation_shard"]
     manifest["files"].update(files or {})
     write_json(os.path.join(get_base_dir(), "manifest.json"), manifest)
@@ -388,7 +389,8 @@ def compute_init(device_type="cuda", seed=42):
     device = torch.device(device_type, local_rank) if ddp and device_type == "cuda" else torch.device(device_type)
     if ddp:
         _join_process_group(device, world_size)
-    logger.info(f"Distributed world size: {world_size}")
+    if rank == 0:
+        logger.info(f"Distributed world size: {world_size}")
     return Compute(ddp, rank, local_rank, world_size, device)
 
 

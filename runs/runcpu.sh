@@ -19,7 +19,7 @@ source runs/setup.sh            # .venv and dependencies: the one place for it
 stage report-reset python -m nanochat.report reset
 
 if [[ "$DATA" == tinyworld ]]; then
-    stage data python -m dev.tinyworld.generate --facts "${FACTS:-1000}"
+    stage data python -m dev.tinyworld.generate --facts "${FACTS:-3000}"
 else
     stage data python -m nanochat.dataset -n "${SHARDS:-2}"
 fi
@@ -27,16 +27,18 @@ fi
 stage tokenizer python -m scripts.tok_train --max-chars=200000000 --vocab-size="${VOCAB_SIZE:-4096}"
 stage tokenizer-eval python -m scripts.tok_eval
 
-stage base-train python -m scripts.base_train --run="$WANDB_RUN" --resume \
+stage base-train python -m scripts.base_train --run="$WANDB_RUN" --resume --seed="${SEED:-42}" \
     --depth="${DEPTH:-4}" --head-dim=128 --max-seq-len=256 --window-pattern=L \
-    --device-batch-size=16 --total-batch-size=8192 --num-iterations="${BASE_STEPS:-500}" \
+    --device-batch-size=16 --total-batch-size=8192 --num-iterations="${BASE_STEPS:-550}" \
+    --matrix-lr=0.16 --embedding-lr=2.4 --unembedding-lr=0.032 \
     --eval-every=100 --eval-tokens=65536 --core-metric-every=-1 --sample-every=100 --save-every=100
 stage base-loss python -m scripts.base_loss --device-batch-size=16 --split-tokens=131072
 stage base-eval python -m scripts.base_eval
 
 if [[ "$DATA" == tinyworld ]]; then
-    stage sft python -m scripts.chat_sft --run="$WANDB_RUN" --source=base --resume --save-every=100
-    stage chat-eval python -m scripts.chat_eval --source=sft --max-new-tokens=96
+    stage sft python -m scripts.chat_sft --run="$WANDB_RUN" --source=base --resume --device-batch-size=16 \
+        --target-examples-per-step=64 --init-lr-frac=0.3 --eval-every=100 --eval-steps=5 --eval-metrics-every=-1 --save-every=100
+    stage chat-eval python -m scripts.chat_eval --source=sft --batch-size=16 --max-new-tokens=96
 fi
 stage report python -m nanochat.report generate
 

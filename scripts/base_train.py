@@ -49,7 +49,7 @@ def build_parser():
     add = parser.add_argument
     add("--run", default="dummy", help="wandb run name; dummy = no wandb")
     add("--device-type", default="", choices=["", "cuda", "cpu", "mps"], help="empty = the first that is available")
-    add("--dtype", default="", choices=["", *DTYPES], help="dtype of activations; empty = bfloat16 if in hardware")
+    add("--dtype", default="", choices=["", *DTYPES], help="activation dtype; empty = bfloat16 if the hardware has it")
     add("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile; auto = on, eager if it fails")
     add("--seed", type=int, default=42, help="seed of the initialisation")
     # model
