@@ -44,7 +44,8 @@ class KVCache:
         """Allocate in this dtype unless there is a cache already; the model calls it at every forward."""
         if self.k_cache is None:
             shape = (self.n_layers, self.batch_size, self.max_seq_len, self.n_heads, self.head_dim)
-            self.k_cache, self.v_cache = torch.zeros((2, *shape), dtype=dtype, device=self.device)
+            self.k_cache = torch.zeros(shape, dtype=dtype, device=self.device) # two tensors, no views of one: those
+            self.v_cache = torch.zeros(shape, dtype=dtype, device=self.device) # could not be written with gradients on
 
     def set_lengths(self, lengths):
         """Say how many positions of each row count; after a padded prefill these are the true prompt lengths."""
@@ -143,6 +144,8 @@ def sample_next_token(logits, rng, temperature=1.0, top_k=None):
     # Inverse CDF: the first id whose cumulative probability reaches u times the total. As u > 0, one of probability
     # zero is never taken; as u <= 1, there always is one. Small changes of the logits move few draws.
     cdf = probs.cumsum(dim=-1)
+    if not cdf[:, -1].isfinite().all():
+        raise RuntimeError("the logits are not finite: the weights are damaged, or the dtype is too coarse")
     drawn = torch.searchsorted(cdf, _uniforms(rng, logits.size(0), logits.device) * cdf[:, -1:])
     return drawn if ids is None else ids.gather(1, drawn)
 

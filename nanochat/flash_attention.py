@@ -142,10 +142,12 @@ def _sdpa(q, k, v, offset, causal, window_size):
         k, v, mask, is_causal = k[:, first:last], v[:, first:last], None, False
     elif not rows_differ and offset == 0 and q_len == k_len and right == 0 and not 0 <= left < q_len - 1:
         mask, is_causal = None, True
+    elif rows_differ: # beyond a row's last query lies what other rows, or earlier ones, left in the cache
+        ends = offset[:, None, None] + q_len
+        mask = _window_mask(q_len, k_len, offset[:, None, None], left, right, q.device)
+        mask, is_causal = (mask & (torch.arange(k_len, device=q.device) < ends))[:, None], False
     elif left < 0 and right < 0:
         mask, is_causal = None, False
-    elif rows_differ:
-        mask, is_causal = _window_mask(q_len, k_len, offset[:, None, None], left, right, q.device)[:, None], False
     else:
         mask, is_causal = _cached_window_mask(q_len, k_len, offset, left, right, q.device), False
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,

@@ -235,8 +235,8 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, padded)
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(padded, kv_dim) for i in ve_layers})
         self.window_sizes = self._window_sizes()
-        self.register_buffer("cos", torch.empty(0), persistent=False)
-        self.register_buffer("sin", torch.empty(0), persistent=False)
+        self.register_buffer("cos", torch.empty(1, 0, 1, 0), persistent=False) # made when first needed
+        self.register_buffer("sin", torch.empty(1, 0, 1, 0), persistent=False)
 
     def _window_sizes(self):
         """(left, right) of each layer. Left of an L layer is sequence_len, so it slides too on longer inputs."""
@@ -298,7 +298,7 @@ class GPT(nn.Module):
         """cos and sin at the positions of the T new tokens: (1, T, 1, D/2), or (B, T, 1, D/2) for rows that differ."""
         positions = [0] if kv_cache is None else sorted(set(kv_cache.positions))
         if positions[-1] + T > self.cos.size(1):
-            self.init_rotary(2 * (positions[-1] + T))
+            self.init_rotary(max(10 * self.config.sequence_len, 2 * (positions[-1] + T)))
         if len(positions) == 1:
             rows = slice(positions[0], positions[0] + T)
             return self.cos[:, rows], self.sin[:, rows]
@@ -310,6 +310,9 @@ class GPT(nn.Module):
         dtype = self.compute_dtype or self.transformer.wte.weight.dtype
         if kv_cache is not None:
             kv_cache.ensure(dtype)
+            if max(kv_cache.positions) + idx.size(1) > kv_cache.max_seq_len: # on the host, before anything is written
+                raise RuntimeError(f"the KV cache holds {kv_cache.max_seq_len} positions per row, "
+                                   f"{max(kv_cache.positions) + idx.size(1)} are needed")
         cos_sin = self._rotary_rows(idx.size(1), kv_cache)
         x = x0 = norm(self.transformer.wte(idx).to(dtype))
         for i, block in enumerate(self.transformer.h):
@@ -329,6 +332,8 @@ class GPT(nn.Module):
         loss_reduction  "mean" over the targets that count, "sum", or "none"
         Returns fp32 logits (B, T, V) without targets; else the loss in nats: a scalar, or (B*T,) for "none".
         """
+        if loss_reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"loss_reduction must be mean, sum or none, got {loss_reduction!r}")
         head = self.lm_head.weight[:self.config.vocab_size] # padding rows never take part
         if targets is None:
             return softcapped_logits(self._hidden(idx, kv_cache, Block.forward), head)
@@ -341,7 +346,6 @@ class GPT(nn.Module):
             loss = SummedLoss.apply(x, head, targets, self.losses_fn)
         if loss_reduction in ("none", "sum"):
             return loss
-        assert loss_reduction == "mean", f"loss_reduction must be mean, sum or none, got {loss_reduction}"
         return loss / (targets != -1).sum()
 
     @torch.inference_mode()

@@ -14,6 +14,8 @@ cd "$(dirname "$0")/.."
 DATA="${DATA:-tinyworld}"
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat/$DATA}"
 WANDB_RUN="${WANDB_RUN:-dummy}" # "dummy" = no wandb
+DEPTH="${DEPTH:-4}"
+TAG="${TAG:-d$DEPTH}"           # name of the run's checkpoints: another one for a run with other settings
 source runs/setup.sh            # .venv and dependencies: the one place for it
 
 stage report-reset python -m nanochat.report reset
@@ -28,17 +30,21 @@ stage tokenizer python -m scripts.tok_train --max-chars=200000000 --vocab-size="
 stage tokenizer-eval python -m scripts.tok_eval
 
 stage base-train python -m scripts.base_train --run="$WANDB_RUN" --resume --seed="${SEED:-42}" \
-    --depth="${DEPTH:-4}" --head-dim=128 --max-seq-len=256 --window-pattern=L \
+    --depth="$DEPTH" --model-tag="$TAG" --head-dim=128 --max-seq-len=256 --window-pattern=L \
     --device-batch-size=16 --total-batch-size=8192 --num-iterations="${BASE_STEPS:-550}" \
     --matrix-lr=0.16 --embedding-lr=2.4 --unembedding-lr=0.032 \
     --eval-every=100 --eval-tokens=65536 --core-metric-every=-1 --sample-every=100 --save-every=100
-stage base-loss python -m scripts.base_loss --device-batch-size=16 --split-tokens=131072
-stage base-eval python -m scripts.base_eval
+stage base-loss python -m scripts.base_loss --model-tag="$TAG" --device-batch-size=16 --split-tokens=131072
+if [[ "$DATA" == tinyworld ]]; then
+    stage base-eval python -m scripts.base_eval --model-tag="$TAG"
+else
+    stage base-eval python -m scripts.base_eval --model-tag="$TAG" --max-per-task=16 # all of it takes hours on a CPU
+fi
 
 if [[ "$DATA" == tinyworld ]]; then
-    stage sft python -m scripts.chat_sft --run="$WANDB_RUN" --source=base --resume --device-batch-size=16 \
+    stage sft python -m scripts.chat_sft --run="$WANDB_RUN" --source=base --model-tag="$TAG" --resume --device-batch-size=16 \
         --target-examples-per-step=64 --init-lr-frac=0.3 --eval-every=100 --eval-steps=5 --eval-metrics-every=-1 --save-every=100
-    stage chat-eval python -m scripts.chat_eval --source=sft --batch-size=16 --max-new-tokens=96
+    stage chat-eval python -m scripts.chat_eval --source=sft --model-tag="$TAG" --batch-size=16 --max-new-tokens=96
 fi
 stage report python -m nanochat.report generate
 
@@ -46,7 +52,7 @@ if [[ "$DATA" == tinyworld ]]; then
     for question in "What is the capital of France?" "Can you tell me the opposite of hot?" "Who will win the lottery tomorrow?"; do
         echo
         echo "User: $question"
-        python -m scripts.chat_cli --source=sft --temperature=0 --prompt="$question"
+        python -m scripts.chat_cli --source=sft --model-tag="$TAG" --temperature=0 --prompt="$question"
     done
     echo
     echo "Talk to it yourself: source .venv/bin/activate; export NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR; python -m scripts.chat_cli"

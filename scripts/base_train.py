@@ -32,7 +32,7 @@ from nanochat.flash_attention import describe_backend
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
-from nanochat.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.tokenizer import get_tokenizer, token_bytes_of
 from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, check_loss, compile_model,
                                grad_accum_steps, is_due, lr_multiplier, muon_momentum, refuse_changes, sample_prompts,
                                set_schedule, training_horizon, try_evaluation)
@@ -102,7 +102,7 @@ def check_args(args):
         problems += config_problems(args)
     if max(args.num_iterations, args.target_flops, args.target_param_data_ratio) <= 0:
         problems.append("one of --num-iterations, --target-flops, --target-param-data-ratio must be positive")
-    if args.resume and args.overwrite:
+    if (args.resume or args.resume_from_step >= 0) and args.overwrite:
         problems.append("--resume and --overwrite exclude each other")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.lanes != -1 and (args.lanes < 1 or args.lanes % world_size):
@@ -192,7 +192,7 @@ def evaluate_val_bpb(model, tokenizer, args, compute, lanes):
     tokens_per_step = args.device_batch_size * args.max_seq_len * compute.ddp_world_size
     steps = max(1, args.eval_tokens // tokens_per_step)
     with torch.no_grad():
-        return evaluate_bpb(model, ((x, y) for x, y, _ in batches), steps, get_token_bytes(compute.device))
+        return evaluate_bpb(model, ((x, y) for x, y, _ in batches), steps, token_bytes_of(tokenizer))
 
 
 def evaluate(run, step, last_step):
@@ -315,11 +315,15 @@ class Run:
         self.wandb = init_wandb(args.run, compute, "nanochat", vars(args))
 
 
-def load_for_resume(folder, step, args, model, optimizer, compute):
-    """Put a saved step into model and optimizer; returns its meta."""
+def load_for_resume(folder, step, args, model, optimizer, tokenizer, compute):
+    """Put a saved step into model and optimizer; returns its meta. Refuses another tokenizer or other mathematics."""
     weights, optimizer_state, meta = load_checkpoint(folder, step, compute.device, load_optimizer=True,
                                                      rank=compute.ddp_rank)
     refuse_changes(meta["user_config"], vars(args), FIXED_ON_RESUME)
+    trained_with = meta.get("lineage", {}).get("tokenizer", tokenizer.fingerprint())
+    if trained_with != tokenizer.fingerprint():
+        raise ValueError(f"step {step} in {folder} was trained with the tokenizer {trained_with[:12]}, but the base "
+                         f"directory has {tokenizer.fingerprint()[:12]}: restore it, or choose another --model-tag")
     model.load_state_dict(weights)
     optimizer.load_state_dict(optimizer_state)
     print0(f"Resuming from step {step} of {folder}")
@@ -376,20 +380,22 @@ def main(argv=None):
     num_steps = training_horizon(args, model.estimate_flops(), sizes["transformer_matrices"] + sizes["lm_head"])
     plan = print_plan(args, model, tokenizer, compute, num_steps)
     optimizer = build_optimizer(model, args)
-    meta = load_for_resume(folder, resume_step, args, model, optimizer, compute) if resume_step is not None else None
+    meta = None
+    if resume_step is not None:
+        meta = load_for_resume(folder, resume_step, args, model, optimizer, tokenizer, compute)
     state = meta["dataloader_state_dict"] if meta else None
-    lanes = state["num_lanes"] if state else max(args.lanes, compute.ddp_world_size)
+    lanes = (state or {}).get("num_lanes") or max(args.lanes, compute.ddp_world_size)
     batches = pretraining_loader(tokenizer, args.device_batch_size, args.max_seq_len, "train", device=compute.device,
                                  resume_state_dict=state, num_lanes=lanes)
-    if args.overwrite and compute.is_master: # only now that all else is known to be right
-        shutil.rmtree(folder, ignore_errors=True)
-    run = Run(args, compute, tokenizer, model, optimizer, folder, meta, lanes)
-    if run.saved_step == num_steps and meta["val_bpb"] is not None:
+    if resume_step == num_steps and meta["val_bpb"] is not None:
         print0(f"Nothing to do: {folder} is complete at step {num_steps}")
         return
     accum_steps = grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len,
                                    compute.ddp_world_size)
     print0(compile_model(model, args.compile, lambda: warm_up(model, args, compute)))
+    if args.overwrite and compute.is_master: # only now that all else is known to be right
+        shutil.rmtree(folder, ignore_errors=True)
+    run = Run(args, compute, tokenizer, model, optimizer, folder, meta, lanes)
     metrics = train(run, batches, num_steps, accum_steps)
     report(run, plan, metrics)
     run.wandb.finish()

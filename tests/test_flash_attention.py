@@ -75,6 +75,15 @@ def test_a_tensor_of_equal_positions_equals_the_int():
     torch.testing.assert_close(*runs)
 
 
+@pytest.mark.parametrize("window", [(-1, -1), (3, -1), (-1, 2)])
+def test_rows_of_their_own_length_without_causality(window):
+    q, k, v = qkv(Tq=2, Tk=2)
+    _, k_cache, v_cache = qkv(Tk=9)
+    runs = [flash_attn.flash_attn_with_kvcache(q, k_cache.clone(), v_cache.clone(), k=k, v=v, cache_seqlens=lengths,
+                                               window_size=window) for lengths in (4, torch.tensor([4, 4]))]
+    torch.testing.assert_close(*runs)
+
+
 def test_gradients_equal_those_of_the_loops():
     q, k, v = (x.requires_grad_() for x in qkv())
     weights = torch.randn(2, 7, 4, 8, dtype=torch.float64)

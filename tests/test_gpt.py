@@ -286,6 +286,23 @@ def test_compute_dtype_leaves_master_weights_alone():
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def test_rotary_tables_are_made_when_first_needed_and_a_bad_reduction_is_told():
+    model, fresh = small("SL"), GPT(GPTConfig(16, 50, 3, 4, 2, 64, "SL"))
+    fresh.load_state_dict(model.state_dict())
+    ids = torch.randint(0, 50, (1, 8))
+    assert torch.equal(fresh(ids), model(ids)) and fresh.cos.size(1) == 160
+    with pytest.raises(ValueError, match="must be mean, sum or none, got 'avg'"):
+        model(ids, ids, loss_reduction="avg")
+
+
+def test_a_full_cache_is_noticed_before_anything_is_written_and_gradients_may_be_on():
+    model, cache = small("SL"), KVCache(2, 2, 5, 16, 3, "cpu")
+    model(torch.randint(0, 50, (2, 4)), kv_cache=cache)
+    cache.set_lengths([2, 4])
+    with pytest.raises(RuntimeError, match="holds 5 positions per row, 6 are needed"):
+        model(torch.randint(0, 50, (2, 2)), kv_cache=cache)
+
+
 def test_every_parameter_is_written_by_the_initialisation():
     with torch.device("meta"):
         model = GPT(GPTConfig(16, 50, 3, 4, 2, 64))

@@ -17,7 +17,7 @@ def repository(tmp_path):
     if not (ROOT / ".venv" / ".setup-complete").exists():
         pytest.skip("needs the environment that runs/setup.sh makes")
     copy = tmp_path / "repository"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "report*"))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "report.md", "report_*.png"))
     os.symlink(ROOT / ".venv", copy / ".venv")
     return copy
 
