@@ -30,7 +30,7 @@ stage tokenizer python -m scripts.tok_train --max-chars=200000000 --vocab-size="
 stage tokenizer-eval python -m scripts.tok_eval
 
 stage base-train python -m scripts.base_train --run="$WANDB_RUN" --resume --seed="${SEED:-42}" \
-    --depth="$DEPTH" --model-tag="$TAG" --head-dim=128 --max-seq-len=256 --window-pattern=L \
+    --depth="$DEPTH" --model-tag="$TAG" --head-dim=64 --max-seq-len=256 --window-pattern=L \
     --device-batch-size=16 --total-batch-size=8192 --num-iterations="${BASE_STEPS:-550}" \
     --matrix-lr=0.16 --embedding-lr=2.4 --unembedding-lr=0.032 \
     --eval-every=100 --eval-tokens=65536 --core-metric-every=-1 --sample-every=100 --save-every=100
