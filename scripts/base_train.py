@@ -172,7 +172,7 @@ def warm_up(model, args, compute):
 
 
 def scaled_weight_decay(args):
-    """Decay tuned at depth 12, carried to other depths as 1/depth^2 (dev/LOG.md of the spec: fitted exponent 1.97)."""
+    """Decay tuned at depth 12, carried to other depths as 1/depth^2 (an exponent of 1.97 was fitted)."""
     return args.weight_decay * (12 / args.depth) ** 2
 
 
