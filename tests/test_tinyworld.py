@@ -278,19 +278,19 @@ def test_stories_answer_with_the_last_state():
     change = {"things": r"(\w+) has a {o}\.|the {o} to (\w+)\.", "places": r"\b{s} \w+ to the (\w+)\.",
               "containers": r"the {s} (?:in|to) the (\w+)\.|the {s} and puts it in the (\w+)\."}
     seen = set()
-    for story in (stories.tell(rng) for _ in range(400)):
-        seen.add(story.kind)
-        assert story.value not in story.rivals and len(story.rivals) >= 3 and mentions(story.answer(), story.value)
-        if story.kind in change:
-            found = re.findall(change[story.kind].format(**story.slots), story.text)[-1]
-            assert story.value == ("".join(found) if isinstance(found, tuple) else found), story.text
-        elif story.kind == "countables":
+    for text, query in ((text, query) for text, queries in (stories.tell(rng) for _ in range(400)) for query in queries):
+        seen.add(query.kind)
+        assert query.value not in query.rivals and len(query.rivals) >= 3 and mentions(query.answer(), query.value)
+        if query.kind in change:
+            found = re.findall(change[query.kind].format(**query.slots), text)[-1]
+            assert query.value == ("".join(found) if isinstance(found, tuple) else found), text
+        elif query.kind == "countables":
             has, gone, left = (stories.DATA["numbers"].index(word) for word in
-                               [*re.findall("|".join(stories.DATA["numbers"][2:]), story.text), story.value])
+                               [*re.findall("|".join(stories.DATA["numbers"][2:]), text), query.value])
             assert has - gone == left
         else:
-            about = story.slots["p" if story.kind == "foods" else "o"]
-            assert story.value in next(line for line in story.text.split(". ") if about in line)
+            about = query.slots["p" if query.kind == "foods" else "o"]
+            assert query.value in next(line for line in text.split(". ") if about in line)
     assert seen == set(stories.DATA["questions"])
 
 

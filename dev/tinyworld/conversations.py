@@ -59,8 +59,11 @@ class Talker:
         return messages(*self.ask(first), question, second.answer())
 
     def story(self):
-        story = stories.tell(self.rng)
-        return messages(f"{story.text} {story.question(self.split, self.rng)}", story.answer())
+        """A story with its first question, often followed by the others."""
+        text, queries = stories.tell(self.rng)
+        turns = [turn for query in queries for turn in (query.question(self.split, self.rng), query.answer())]
+        turns[0] = f"{text} {turns[0]}"
+        return messages(*(turns if self.rng.random() < 0.5 else turns[:2]))
 
     def list(self):
         slots = list_slots(self.rng.choice(LISTS["lists"]))

@@ -100,13 +100,20 @@ def spelled(word):
     return f"{word}:{','.join(word)}"
 
 
-def spelling_documents(words, rng):
-    """Endless stream of spelled words, every word equally often."""
-    asked, deck = [(f"{phrasing} {{s}}", "\n") for phrasing in SPELLING["train"]], []
+def invented_word(words, rng):
+    """The beginning of one word and the end of another: teaches the letters of tokens, not of whole words."""
+    first, last = rng.sample(words, 2)
+    return first[:rng.randint(1, 4)] + last[rng.randint(1, len(last) - 1):]
+
+
+def spelling_documents(seed, rng):
+    """Endless stream of spelled words, every training word equally often, and among them invented ones."""
+    asked, deck, (words, hidden) = [(f"{phrasing} {{s}}", "\n") for phrasing in SPELLING["train"]], [], split_words(seed)
     while True:
         if len(deck) < 8:
             deck = rng.sample(words, len(words))
-        batch = [deck.pop() for _ in range(rng.randint(4, 8))]
+        batch = [deck.pop() if rng.random() < 0.5 else invented_word(words, rng) for _ in range(rng.randint(4, 8))]
+        batch = [word for word in batch if word not in hidden]
         form, gap = rng.choice((("{s}", "\n"), ("The word {w} is spelled {l}.", " "), rng.choice(asked)))
         yield gap.join(form.format(w=word, s=spelled(word), l=",".join(word)) for word in batch)
 

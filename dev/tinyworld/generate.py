@@ -20,14 +20,15 @@ from .conversations import Talker, as_json, talk_documents
 from .facts import World, load_data
 
 DOCUMENTS = { # kind: share of the pretraining documents, and the endless stream of them
-    "facts": (0.71, lambda world, rng, words: prose.fact_documents(world, rng, stories.DATA["names"])),
-    "lists": (0.03, lambda world, rng, words: prose.list_documents(rng)),
-    "stories": (0.08, lambda world, rng, words: stories.story_documents(rng)),
-    "equations": (0.03, lambda world, rng, words: exercises.equation_documents(rng)),
-    "small sums": (0.03, lambda world, rng, words: exercises.small_documents(rng)),
-    "expressions": (0.03, lambda world, rng, words: exercises.expression_documents(rng, world.seed)),
-    "spelling": (0.06, lambda world, rng, words: exercises.spelling_documents(words, rng)),
-    "talk": (0.03, lambda world, rng, words: talk_documents(Talker(world, world.open, "train", rng)))}
+    "facts": (0.48, lambda world, rng: prose.fact_documents(world, rng, stories.DATA["names"])),
+    "choices": (0.08, prose.choice_documents),
+    "lists": (0.02, lambda world, rng: prose.list_documents(rng)),
+    "stories": (0.18, lambda world, rng: stories.story_documents(rng)),
+    "equations": (0.02, lambda world, rng: exercises.equation_documents(rng)),
+    "small sums": (0.02, lambda world, rng: exercises.small_documents(rng)),
+    "expressions": (0.06, lambda world, rng: exercises.expression_documents(rng, world.seed)),
+    "spelling": (0.09, lambda world, rng: exercises.spelling_documents(world.seed, rng)),
+    "talk": (0.05, lambda world, rng: talk_documents(Talker(world, world.open, "train", rng)))}
 CONVERSATION_WEIGHTS = { # share of the rows of the SmolTalk stand-in
     "fact": 0.46, "follow_up": 0.15, "story": 0.14, "list": 0.03, "small_talk": 0.05,
     "memory": 0.03, "unknown": 0.14}
@@ -91,11 +92,11 @@ class Folder:
         self.parquet(f"hub/{name}/{subset}/{split}/{split}-00000-of-00001.parquet", rows)
 
 
-def documents(world, count, words):
+def documents(world, count):
     """About `count` pretraining documents in random order, in the proportions of DOCUMENTS."""
     texts, total = [], sum(share for share, _ in DOCUMENTS.values())
     for kind, (share, stream) in DOCUMENTS.items():
-        texts += islice(stream(world, world.rng("documents", kind), words), round(count * share / total))
+        texts += islice(stream(world, world.rng("documents", kind)), round(count * share / total))
     return world.rng("order").sample(texts, len(texts))
 
 
@@ -148,7 +149,7 @@ def generate(args):
     sizes = {name: factor * len(world.facts) if getattr(args, name) == -1 else getattr(args, name)
              for name, factor in PER_FACT.items()}
     words, hidden_words = exercises.split_words(args.seed)
-    texts = documents(world, sizes["documents"], words)
+    texts = documents(world, sizes["documents"])
     spoken = set(" ".join(texts).lower().replace(".", " ").split())
     hidden_words = [word for word in hidden_words if word not in spoken] # a common word is one token, never spelled out
     shard = write_documents(folder, texts)

@@ -62,9 +62,9 @@ def spelling_row(word, rng, split):
 
 
 def story_row(rng):
-    story = stories.tell(rng)
-    question = f"{story.text} {story.question('heldout', rng)}"
-    return row("story", question, story.answer(), [story.value], rng.sample(story.rivals, 3), list(story.rivals), rng)
+    text, (query, *_) = stories.tell(rng)
+    question = f"{text} {query.question('heldout', rng)}"
+    return row("story", question, query.answer(), [query.value], rng.sample(query.rivals, 3), list(query.rivals), rng)
 
 
 def honesty_row(world, talker):
@@ -162,8 +162,8 @@ def core_tasks(world, count, words):
          [{"context": ask, "continuation": fact.y} for ask, fact, _ in asked]),
         ("cloze", "language_modeling", 0, " ", 0, [{"context": ask, "continuation": fact.y} for ask, fact, _ in told]),
         ("story", "language_modeling", 0, "\nAnswer: ", 0, # asked as in training; the stories are new
-         [{"context": f"{story.text}\nQuestion: {story.question('train', rng)}", "continuation": story.value}
-          for story in map(stories.tell, [rng] * count)])]
+         [{"context": f"{text}\nQuestion: {query.question('train', rng)}", "continuation": query.value}
+          for text, (query, *_) in map(stories.tell, [rng] * count)])]
     return [({"label": f"tinyworld_{name}", "icl_task_type": kind, "dataset_uri": f"tinyworld_{name}.jsonl",
               "num_fewshot": [shots], "continuation_delimiter": delimiter}, baseline, items)
             for name, kind, shots, delimiter, baseline, items in tasks]

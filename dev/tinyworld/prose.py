@@ -4,6 +4,8 @@ Documents of the pretraining text about facts and lists.
 Facts come in passes: each pass mentions every fact once, in one style, so that all are seen about equally often; each
 fact deals out its own shuffle of the phrasings, so that all phrasings are seen too.
 """
+from tasks.common import render_mc
+
 from .facts import load_data, sentence
 
 LISTS = load_data("lists.json")
@@ -67,6 +69,29 @@ def questions_and_answers(facts, style, phrasings, names):
     if style == "plain":
         return " ".join(f"{question} {phrasings.answer(fact)}" for question, fact in asked)
     return "\n".join(f"{names[0]}: {question}\n{names[1]}: {phrasings.answer(fact)}" for question, fact in asked)
+
+
+def choice_documents(world, rng):
+    """
+    Endless stream of multiple choice about facts that may be asked about.
+
+    Half in the form of the benchmarks; half ask for all options of one list, which makes four letters to learn from.
+    """
+    phrasings, pools = Phrasings(world, rng), [{} for _ in world.of_relation]
+    for pool, facts in zip(pools, world.of_relation.values(), strict=True):
+        pool.update((fact.y, fact) for fact in rng.sample(facts, len(facts)) if fact not in world.prose_only)
+    pools = [pool for pool in pools if len(pool) >= 4]
+    while True:
+        letters, fact = rng.sample("ABCD", 4), rng.choice(world.open)
+        if rng.random() < 0.5 or not pools:
+            options = [fact.y, *world.distractors(fact, rng, near=rng.random() < 0.5)]
+            listed = dict(sorted(zip(letters, options, strict=True)))
+            yield f"{render_mc(phrasings.question(fact), listed.keys(), listed.values())}\n{letters[0]}"
+        else:
+            facts = rng.sample(list(rng.choice(pools).values()), 4)
+            asked = rng.sample(list(zip(letters, facts, strict=True)), 4)
+            yield "\n".join([f"- {fact.y}={letter}" for letter, fact in sorted(zip(letters, facts, strict=True))]
+                             + [f"Question: {phrasings.question(fact)}\nAnswer: {letter}" for letter, fact in asked])
 
 
 def list_slots(entry):
