@@ -135,14 +135,19 @@ def claim_base_dir(name, synthetic, validation_shard=None, files=None):
     files             {relative path: {"size": bytes, "sha256": hex}} to add
     Returns the manifest. Raises UserError when the folder belongs to another data set.
     """
-    manifest = read_manifest() or {"name": name, "synthetic": synthetic, "validation_shard": None, "files": {}}
-    if (manifest["name"], manifest["synthetic"]) != (name, synthetic):
-        raise UserError(f"{get_base_dir()} holds the data set {manifest['name']}, not {name} "
-                        f"({'synthetic' if synthetic else 'real'}): data sets never mix, so set NANOCHAT_BASE_DIR to "
-                        "another folder")
-    manifest["validation_shard"] = validation_shard or manifest["validation_shard"]
-    manifest["files"].update(files or {})
-    write_json(os.path.join(get_base_dir(), "manifest.json"), manifest)
+    import filelock
+    path = os.path.join(get_base_dir(), "manifest.json")
+    with filelock.FileLock(path + ".lock"): # of two first claims at once, one must see the other
+        manifest = read_manifest() or {"name": name, "synthetic": synthetic, "validation_shard": None, "files": {}}
+        if (manifest["name"], manifest["synthetic"]) != (name, synthetic):
+            raise UserError(f"{get_base_dir()} holds the data set {manifest['name']}, not {name} "
+                            f"({'synthetic' if synthetic else 'real'}): data sets never mix, so set NANOCHAT_BASE_DIR "
+                            "to another folder")
+        manifest["validation_shard"] = validation_shard or manifest["validation_shard"]
+        manifest["files"].update(files or {})
+        write_json(path, manifest)
+        with contextlib.suppress(OSError): # from now on the manifest itself tells whoever comes or waits
+            os.unlink(path + ".lock")
     return manifest
 
 

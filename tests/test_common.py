@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -86,6 +87,21 @@ def test_a_base_dir_holds_one_data_set(base):
         with pytest.raises(UserError, match=f"data set own, not {name} .synthetic.*set NANOCHAT_BASE_DIR to another"):
             claim_base_dir(name, True)
     assert common.read_manifest() == manifest and common.dataset_label() == ""
+
+
+def test_of_two_first_claims_at_once_one_wins(base, monkeypatch):
+    write = common.write_json
+    monkeypatch.setattr(common, "write_json", lambda *args: time.sleep(0.2) or write(*args)) # time for the other
+    def claim(name):
+        try:
+            return claim_base_dir(name, True)["name"]
+        except UserError as error:
+            return str(error)
+    with ThreadPoolExecutor(2) as pool:
+        won, lost = sorted(pool.map(claim, "ab"), key=len)
+    assert won == common.read_manifest()["name"] and f"holds the data set {won}, not " in lost
+    claim_base_dir(won, True)
+    assert os.listdir(base) == ["manifest.json"]
 
 
 @pytest.mark.parametrize("fault, words", [("404", "check the network"), ("500", "check the network"),
