@@ -10,9 +10,11 @@ without a power operator a result has about as many digits as the expression tha
 import ast
 import math
 import operator
+import re
 
 MAX_EXPRESSION_CHARS = 1000
 MAX_RESULT_CHARS = 100 # the result is fed to the model token by token
+PLAIN_ESCAPE = re.compile(r"""\\[\\'"abfnrtvxuUN]""")
 ARITHMETIC_CHARS = frozenset("0123456789*+-/.() ")
 BINARY_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
                     ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
@@ -44,11 +46,11 @@ def use_calculator(expr):
     Evaluate one expression that the model wrote; returns an int, a float, or None for "no result".
 
     Arithmetic: numbers, + - * / // and parentheses, with Python's meaning; thousands commas are removed. Strings:
-    'text'.count('part'), where a comma is a character like any other. Everything else gives None, and so do errors,
-    results that are not finite, and results of more than MAX_RESULT_CHARS characters.
+    'text'.count('part'), two string literals of Python, where a comma is a character like any other. Everything else
+    gives None, and so do errors, results that are not finite, and results of more than MAX_RESULT_CHARS characters.
     """
-    # A backslash counts no letter, and an unknown escape sequence would make the parser warn.
-    if len(expr) > MAX_EXPRESSION_CHARS or "\\" in expr:
+    # Of escape sequences not the octal and the unknown ones: they would make the parser warn.
+    if len(expr) > MAX_EXPRESSION_CHARS or "\\" in PLAIN_ESCAPE.sub("", expr):
         return None
     without_commas = expr.replace(",", "")
     is_arithmetic = ARITHMETIC_CHARS.issuperset(without_commas)

@@ -14,6 +14,8 @@ RESULTS = {
     "'strawberry'.count('r')": 3, "'a,b,c'.count(',')": 2, "'direct'.count('d')": 1, "'important'.count('t')": 2,
     "'file'.count('f')": 1, "'opener'.count('e')": 2, "'a-b'.count('a')": 1, '"it\'s".count("\'")': 1,
     "'größe'.count('ö')": 1, "'日本日'.count('日')": 2, " 'banana' . count( 'an' ) ": 2,
+    r"'it\'s, isn\'t it?'.count('\'')": 2, r"'C:\\temp\\new'.count('\\')": 2, r"'a\nb\tc\n'.count('\n')": 2,
+    r"'\u00e9t\xe9'.count('é')": 2, r"'\\d'.count('d')": 1,
 }
 REFUSED = [
     "2**3", "9**9**9", "1/0", "1.0/0", "7//0", "007", "1 2", "3-", "5%2", "1e5", "", "   ", "()", "...", "(1)(2)",
@@ -21,6 +23,7 @@ REFUSED = [
     "'a'.ljust(999999999).count('a')", "'a'*999999999",
     "'a'.count('a', 1)", "'a'.count(sub='a')", "'a'.count(b'a')", "b'a'.count(b'a')", "f'{1}'.count('1')", "abs(-1)",
     "__import__('os').system('true')", "x", "True", "1 if 1 else 2", "[1,2]", "'\\d'.count('d')", "1\n+1", "\0",
+    r"'\\\d'.count('d')", r"'\0'.count('0')", r"'\x4'.count('4')", r"'a\'.count('a')", "1+\\\n1",
     "'\ud800'",     "lambda: 1", "1_000", "0x10", "1j", "'unclosed.count('a')",
 ]
 
