@@ -16,6 +16,7 @@ from collections import deque
 
 import torch
 
+from nanochat.common import UserError
 from nanochat.execution import use_calculator
 
 PREFILL_TOKENS = 4096 # at most so many positions of a prompt batch in one forward: their logits are held in memory
@@ -129,10 +130,14 @@ def sample_next_token(logits, rng, temperature=1.0, top_k=None):
     Draw one id for each row.
 
     logits (B, V); rng one torch.Generator, or a list with one per row; temperature >= 0, 0 = argmax (no draw is used);
-    top_k keeps the k largest logits of a row, None or <= 0 = no limit. Returns ids (B, 1), int64.
+    top_k keeps the k largest logits of a row, None or <= 0 = no limit. Returns ids (B, 1), int64. Raises ValueError for
+    the temperature, UserError for a row of logits that no id can be drawn from.
     """
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not logits.amax(dim=-1).isfinite().all(): # a NaN anywhere makes it NaN
+        raise UserError("the logits are not finite: take another checkpoint if the weights are damaged, or "
+                        "--dtype float32 if the dtype is too coarse")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     ids = None
@@ -144,8 +149,6 @@ def sample_next_token(logits, rng, temperature=1.0, top_k=None):
     # Inverse CDF: the first id whose cumulative probability reaches u times the total. As u > 0, one of probability
     # zero is never taken; as u <= 1, there always is one. Small changes of the logits move few draws.
     cdf = probs.cumsum(dim=-1)
-    if not cdf[:, -1].isfinite().all():
-        raise RuntimeError("the logits are not finite: the weights are damaged, or the dtype is too coarse")
     drawn = torch.searchsorted(cdf, _uniforms(rng, logits.size(0), logits.device) * cdf[:, -1:])
     return drawn if ids is None else ids.gather(1, drawn)
 
@@ -307,7 +310,7 @@ class Engine:
 def main():
     """Check that 64 greedy tokens of the base model are the same by `GPT.generate` and by the engine; print timings."""
     from nanochat.checkpoint_manager import load_model
-    from nanochat.common import UserError, compute_init
+    from nanochat.common import compute_init
     compute = compute_init("")
     model, tokenizer, _ = load_model("base", compute.device, phase="eval")
     prompt = tokenizer.encode("The chemical formula of water is", prepend=tokenizer.get_bos_token_id())

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import nanochat.engine
+from nanochat.common import UserError
 from nanochat.engine import Engine, KVCache, derive_seed, sample_next_token
 from nanochat.gpt import GPT, GPTConfig
 
@@ -216,6 +217,15 @@ def test_greedy_and_its_limits():
     assert torch.equal(sample_next_token(logits, rngs(6), temperature=1e-40), greedy)
     with pytest.raises(ValueError, match="temperature must be at least 0, got -0.1"):
         sample_next_token(logits, rngs(6), temperature=-0.1)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_told(temperature, bad):
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = bad
+    with pytest.raises(UserError, match="the logits are not finite: take another checkpoint"):
+        sample_next_token(logits, rngs(2), temperature)
 
 
 def test_derived_seeds_differ_and_are_stable():
