@@ -174,7 +174,7 @@ def _prepare(idx, model, tokenizer, data, task_meta):
                      for tokens, start, end in zip(*find_spans(encoded), strict=True)]
         max_seq_len = getattr(model, "max_seq_len", None) # Hugging Face models have a limit, ours grow their tables
         return sequences if max_seq_len is None else [_crop(sequence, max_seq_len) for sequence in sequences]
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         where = f"item {idx}" + (f" with examples {', '.join(map(str, shots))}" if shots else "")
         raise ValueError(f"CORE task {task_meta.get('label', task_meta['task_type'])}, {where}: {error}") from error
 
@@ -289,19 +289,23 @@ def get_eval_bundle():
 
 
 def _read_bundle(folder):
-    """Yield (task_meta, data shuffled, random baseline as a fraction) of every CORE task."""
+    """Yield (task_meta, data shuffled, random baseline as a fraction) of every CORE task. UserError when broken."""
     import yaml
-    with open(os.path.join(folder, "core.yaml"), encoding="utf-8") as file:
-        tasks = yaml.safe_load(file)["icl_tasks"]
-    with open(os.path.join(folder, "eval_meta_data.csv"), encoding="utf-8", newline="") as file:
-        baselines = {row["Eval Task"]: 0.01 * float(row["Random baseline"]) for row in csv.DictReader(file)}
-    for task in tasks:
-        with open(os.path.join(folder, "eval_data", task["dataset_uri"]), encoding="utf-8") as file:
-            data = [json.loads(line) for line in file if line.strip()]
-        random.Random(1337).shuffle(data)
-        meta = {"label": task["label"], "task_type": task["icl_task_type"], "num_fewshot": task["num_fewshot"][0],
-                "continuation_delimiter": task.get("continuation_delimiter", " ")}
-        yield meta, data, baselines[task["label"]]
+    try:
+        with open(os.path.join(folder, "core.yaml"), encoding="utf-8") as file:
+            tasks = yaml.safe_load(file)["icl_tasks"]
+        with open(os.path.join(folder, "eval_meta_data.csv"), encoding="utf-8", newline="") as file:
+            baselines = {row["Eval Task"]: 0.01 * float(row["Random baseline"]) for row in csv.DictReader(file)}
+        for task in tasks:
+            with open(os.path.join(folder, "eval_data", task["dataset_uri"]), encoding="utf-8") as file:
+                data = [json.loads(line) for line in file if line.strip()]
+            random.Random(1337).shuffle(data)
+            meta = {"label": task["label"], "task_type": task["icl_task_type"], "num_fewshot": task["num_fewshot"][0],
+                    "continuation_delimiter": task.get("continuation_delimiter", " ")}
+            yield meta, data, baselines[task["label"]]
+    except (OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"the evaluation bundle {folder} is damaged ({type(error).__name__}: {error}): "
+                        "delete it, then run again or generate the data set again") from error
 
 
 def evaluate_model(model, tokenizer, device, max_per_task=-1):

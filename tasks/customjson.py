@@ -30,7 +30,7 @@ class CustomJSON(Task):
                                     "messages a line, or pass --allow-missing-identity to do without")
 
     def _read(self):
-        with open(self.filepath, encoding="utf-8") as file:
+        with open(self.filepath, "rb") as file: # json decodes each line, so that bad UTF-8 is told with its place
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     self.conversations.append(self._parse(line, f"{self.filepath}, line {number}"))

@@ -288,6 +288,7 @@ def test_merged_borders_are_reported(capsys):
     ("multiple_choice", {"gold": 9}, "item 1.*gold must be an index into . choices, got 9"),
     ("schema", {"continuation": None}, "item 1.*'continuation' is missing, there are only 'context_options', 'gold'"),
     ("language_modeling", {"context": None}, "item 1.*'context' is missing"),
+    ("multiple_choice", {"query": 5}, "CORE task a-task, item 1: .*int"),
 ])
 def test_broken_items_are_named(kind, change, message):
     data = make_data(kind, n=5)
@@ -408,6 +409,18 @@ def test_a_broken_bundle_is_not_kept(base_dir, bundle_server):
     assert not (base_dir / "eval_bundle").exists() and not (base_dir / "eval_bundle.zip").exists()
     zip_path.write_bytes(whole)
     assert Path(core_eval.get_eval_bundle(), "core.yaml").exists()
+
+
+@pytest.mark.parametrize("name, content", [
+    ("core.yaml", "icl_tasks: ["), ("core.yaml", "tasks: []"), ("core.yaml", None),
+    ("eval_meta_data.csv", "Eval Task,Random baseline\nother,25\n"), ("eval_data/schema.jsonl", '{"gold'),
+])
+def test_a_damaged_bundle_is_one_sentence(base_dir, name, content):
+    write_bundle(base_dir / "eval_bundle")
+    path = base_dir / "eval_bundle" / name
+    path.write_text(content) if content else path.unlink()
+    with pytest.raises(UserError, match="evaluation bundle .*eval_bundle is damaged .*: delete it"):
+        evaluate_model(TinyModel(), CharTokenizer(), "cpu", 1)
 
 
 @pytest.mark.skipif("NANOCHAT_TEST_DATA" not in os.environ, reason="NANOCHAT_TEST_DATA names no folder of real data")

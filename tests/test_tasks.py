@@ -237,10 +237,11 @@ def test_custom_json_warns_of_an_unanswered_question(tmp_path, caplog):
 @pytest.mark.parametrize("line, words", [
     ("{oops", "line 1: not valid JSON"), ('{"a": 1}', "line 1: a conversation must be an array of messages"),
     ('["hello", "you"]', "line 1: a conversation must be an array of messages"),
+    (b'\n["caf\xe9"]', "own.jsonl, line 2: not valid JSON .*utf-8"),
 ])
 def test_custom_json_names_a_broken_line(line, words, tmp_path):
     path = tmp_path / "own.jsonl"
-    path.write_text(line)
+    path.write_bytes(line if isinstance(line, bytes) else line.encode())
     with pytest.raises(ValueError, match=words):
         CustomJSON(path)
 
