@@ -304,7 +304,8 @@ def _read_bundle(folder):
                     "continuation_delimiter": task.get("continuation_delimiter", " ")}
             yield meta, data, baselines[task["label"]]
     except (OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"the evaluation bundle {folder} is damaged ({type(error).__name__}: {error}): "
+        reason = " ".join(f"{type(error).__name__}: {error}".split()) # yaml's take several lines
+        raise UserError(f"the evaluation bundle {folder} is damaged ({reason}): "
                         "delete it, then run again or generate the data set again") from error
 
 
