@@ -108,7 +108,8 @@ def invented_word(words, rng):
 
 def spelling_documents(seed, rng):
     """Endless stream of spelled words, every training word equally often, and among them invented ones."""
-    asked, deck, (words, hidden) = [(f"{phrasing} {{s}}", "\n") for phrasing in SPELLING["train"]], [], split_words(seed)
+    asked, deck = [(f"{phrasing} {{s}}", "\n") for phrasing in SPELLING["train"]], []
+    words, hidden = split_words(seed)
     while True:
         if len(deck) < 8:
             deck = rng.sample(words, len(words))
