@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from nanochat.common import (UserError, file_sha256, get_base_dir, is_ddp_initialized, print0, read_json, read_manifest,
                              write_json)
-from nanochat.gpt import GATE_CHANNELS, GPT, GPTConfig
+from nanochat.gpt import GATE_CHANNELS, GPT, Block, GPTConfig
 from nanochat.report import git
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
@@ -126,20 +126,53 @@ def update_meta(checkpoint_dir, step, **changes):
     write_json(path, {**read_json(path), **changes})
 
 
-def lineage(tokenizer, args, compute, parent=None):
-    """What made a checkpoint, for meta["lineage"]. parent: the meta that `load_model` returned; None in pretraining."""
+def delete_steps(checkpoint_dir, after=None):
+    """Delete the steps beyond `after` (None: all) and what is left of incomplete ones. For rank 0 alone."""
+    for name in sorted(os.listdir(checkpoint_dir)) if os.path.isdir(checkpoint_dir) else []: # a step's meta goes first
+        match = re.fullmatch(r"(?:meta|model|optim)_(\d{6,})(?:_rank\d+)?\.(?:json|pt)", name)
+        if match and (after is None or int(match[1]) > after):
+            os.unlink(os.path.join(checkpoint_dir, name))
+
+
+def lineage(tokenizer, args, compute, model, parent=None):
+    """
+    What made a checkpoint, for meta["lineage"].
+
+    model   as it trains here: its dtype of activations, and whether it is compiled
+    parent  the meta that `load_model` returned, or the saved lineage's own parent; None in pretraining
+    """
     versions = {"python": platform.python_version()}
     for package in ("torch", "numpy", "tiktoken", "rustbpe", "pyarrow", "datasets"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     manifest = read_manifest()
     return {
-        "parent": parent and {key: parent.get(key) for key in ("source", "model_tag", "step", "lineage")},
+        "parent": parent and {key: parent.get(key) for key in ("source", "model_tag", "step", "files", "lineage")},
         "data": manifest and {key: manifest[key] for key in ("name", "synthetic", "validation_shard")},
         "tokenizer": tokenizer.fingerprint(), "git_commit": git("rev-parse", "HEAD") or None, "versions": versions,
         "seed": vars(args).get("seed"), "world_size": compute.ddp_world_size, "threads": torch.get_num_threads(),
-        "device": str(compute.device), "flags": vars(args),
+        "device": str(compute.device), "dtype": str(model.compute_dtype).removeprefix("torch."),
+        "compile": "off" if model.block_fn is Block.forward else "on", "flags": vars(args),
     }
+
+
+def warn_of_changes(saved, now):
+    """Say in a line what differs between the lineage of a step and that of the run which resumes it inexactly."""
+    keys = ("device", "dtype", "compile", "threads", "world_size")
+    changed = [f"{key} was {saved[key]}, is {now[key]}" for key in keys if key in saved and saved[key] != now[key]]
+    if changed:
+        print0(f"Warning: {'; '.join(changed)}: the steps from here need not equal an uninterrupted run's bit for bit")
+
+
+def check_parent(parent, step=None):
+    """Raise UserError when a start now, from `step` or the newest, would not be from `parent` (see lineage)."""
+    folder = checkpoint_dir(parent["source"], parent["model_tag"])
+    now = step if step in complete_steps(folder) else last_sound_step(folder)
+    files = read_json(_path(folder, "meta", now)).get("files")
+    listed = [(found or {}).get(FILE_NAMES["model"].format(now)) for found in (parent.get("files", files), files)]
+    if now != parent["step"] or listed[0] != listed[1]:
+        raise UserError(f"this run started from step {parent['step']} in {folder}, which was trained on or anew since "
+                        f"(now step {now}): pass --overwrite, not --resume, to start over from that, or restore it")
 
 # -----------------------------------------------------------------------------
 # Finding
@@ -189,15 +222,21 @@ def last_sound_step(checkpoint_dir):
     raise DamagedCheckpoint(f"every step in {checkpoint_dir} is damaged: train again, or name another --model-tag")
 
 
-def step_to_resume(checkpoint_dir, resume, overwrite):
+def step_to_resume(checkpoint_dir, resume, overwrite, from_step=-1):
     """
     The step that a run in this folder goes on from, or None when it starts afresh.
 
     resume     go on from the newest sound step, if there is one
-    overwrite  start afresh although there are steps (delete them first: later ones would pass for the new run's)
+    from_step  go on from this step; -1 = do not
+    overwrite  although there are (later) steps, which `delete_steps` must delete: they would pass for the new run's
     Raises UserError rather than mix a new run with the steps of an earlier one.
     """
     steps = complete_steps(checkpoint_dir)
+    if from_step >= 0:
+        if steps and steps[-1] > from_step and not overwrite:
+            raise UserError(f"{checkpoint_dir} holds checkpoints up to step {steps[-1]}: pass --overwrite as well to "
+                            f"delete those after step {from_step}, or --resume to go on from the last")
+        return from_step
     if steps and not (resume or overwrite):
         raise UserError(f"{checkpoint_dir} holds checkpoints up to step {steps[-1]}: pass --resume to go on, "
                         "--overwrite to delete them and start over, or another --model-tag")

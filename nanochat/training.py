@@ -4,6 +4,8 @@ Plain functions of a training loop: schedules, accumulation, meters, the metrics
 A function is here because a second script needs the same lines. It takes values and returns values.
 """
 import contextlib
+import datetime
+import functools
 import json
 import math
 import os
@@ -11,8 +13,9 @@ import signal
 import time
 
 import torch
+import torch.distributed as dist
 
-from nanochat.common import UserError, atomic_write, finite, print0
+from nanochat.common import UserError, atomic_write, finite, is_ddp_initialized, print0
 from nanochat.gpt import Block, token_losses
 
 # What a base model is asked to continue, to see at a glance what it has learned.
@@ -117,11 +120,20 @@ def accumulate(model, micro_batches, num_targets, compute):
     return total / compute.ddp_world_size
 
 
+DIVERGED = "which is not saved: lower the learning rates, or check the data; --resume goes on from the last checkpoint"
+
+
 def check_loss(loss, step):
     """Raise UserError when the loss is not finite: nothing after it would be worth keeping."""
     if not math.isfinite(loss):
-        raise UserError(f"the loss became {loss} in step {step}, which is not saved: lower the learning rates, or "
-                        "check the data; --resume goes on from the last checkpoint")
+        raise UserError(f"the loss became {loss} in step {step}, {DIVERGED}")
+
+
+def check_weights(model, step):
+    """Raise UserError, before a save, when a weight is not finite: gradients can overflow where the loss does not."""
+    for name, weight in model.named_parameters(): # the same on all ranks, so they all raise
+        if not torch.isfinite(weight).all():
+            raise UserError(f"the weights of {name} are not finite after {step} steps, {DIVERGED}")
 
 
 def compile_model(model, mode, warm_up):
@@ -247,13 +259,33 @@ class Stop:
         return 128 + (self.signal or signal.SIGTERM)
 
 
+@functools.cache
+def _outcome_group():
+    """A group in which the ranks tell how an evaluation ended: it cannot meet the collectives of the evaluation."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=10))
+
+
 def try_evaluation(name, evaluate):
-    """Run `evaluate()`; a failure is told and gives None, because an evaluation must never cost a training run."""
+    """
+    Run `evaluate()`, on all ranks; a failure on any of them is told at once and gives None on all.
+
+    An evaluation must not cost a training run. Not covered: a rank that fails while others wait for it in a collective,
+    out of which nothing can call them. It waits in vain for them to end, then raises UserError, and the run ends.
+    """
+    group = _outcome_group() if is_ddp_initialized() else None # made beforehand, because all ranks must take part
+    result, num_failed = None, torch.zeros(1)
     try:
-        return evaluate()
+        result = evaluate()
     except Exception as error: # whatever it was: a missing bundle, a full disk, a bug
-        print0(f"{name} failed and is left out: {type(error).__name__}: {error}")
-        return None
+        print(f"{name} failed and is left out: {type(error).__name__}: {error}", flush=True)
+        num_failed += 1
+    if group is not None:
+        try:
+            dist.all_reduce(num_failed, group=group)
+        except RuntimeError as error: # the time is up, or a rank has gone
+            raise UserError(f"{name} did not end on all ranks, so that they are out of step: --resume goes on from the "
+                            "last checkpoint") from error
+    return None if num_failed else result
 
 
 def refuse_changes(saved, now, keys):

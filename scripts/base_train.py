@@ -14,15 +14,14 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True") # must p
 
 import argparse
 import itertools
-import shutil
 import sys
 import time
 from dataclasses import asdict
 
 import torch
 
-from nanochat.checkpoint_manager import (checkpoint_dir, lineage, load_checkpoint, save_checkpoint, step_to_resume,
-                                         update_meta)
+from nanochat.checkpoint_manager import (checkpoint_dir, delete_steps, lineage, load_checkpoint, save_checkpoint,
+                                         step_to_resume, update_meta, warn_of_changes)
 from nanochat.common import (DTYPES, compute_cleanup, compute_init, dataset_label, get_compute_dtype,
                              get_peak_flops, init_wandb, print0, print_banner, run_main)
 from nanochat.core_eval import evaluate_model
@@ -33,9 +32,9 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
 from nanochat.tokenizer import get_tokenizer, token_bytes_of
-from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, check_loss, compile_model,
-                               grad_accum_steps, is_due, lr_multiplier, muon_momentum, refuse_changes, sample_prompts,
-                               set_schedule, training_horizon, try_evaluation)
+from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, check_loss, check_weights,
+                               compile_model, grad_accum_steps, is_due, lr_multiplier, muon_momentum, refuse_changes,
+                               sample_prompts, set_schedule, training_horizon, try_evaluation)
 
 # Flags that change the mathematics of a run: a resumed run must have the saved values.
 FIXED_ON_RESUME = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "num_iterations",
@@ -88,7 +87,8 @@ def build_parser():
     add("--save-every", type=int, default=-1, help="steps between checkpoints; -1 = only at the end")
     add("--resume", action="store_true", help="go on from the newest complete checkpoint, or start when there is none")
     add("--resume-from-step", type=int, default=-1, help="go on from the checkpoint of this step; -1 = do not")
-    add("--overwrite", action="store_true", help="delete an earlier run's checkpoints under this tag and start over")
+    add("--overwrite", action="store_true",
+        help="delete what stands under this tag and start over; with --resume-from-step: only the steps after that one")
     return parser
 
 
@@ -102,7 +102,7 @@ def check_args(args):
         problems += config_problems(args)
     if max(args.num_iterations, args.target_flops, args.target_param_data_ratio) <= 0:
         problems.append("one of --num-iterations, --target-flops, --target-param-data-ratio must be positive")
-    if (args.resume or args.resume_from_step >= 0) and args.overwrite:
+    if args.resume and args.overwrite:
         problems.append("--resume and --overwrite exclude each other")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.lanes != -1 and (args.lanes < 1 or args.lanes % world_size):
@@ -142,7 +142,9 @@ def print_plan(args, model, tokenizer, compute, num_steps):
     config, sizes, flops = model.config, model.num_scaling_params(), model.estimate_flops()
     scaling = sizes["transformer_matrices"] + sizes["lm_head"]
     base_dim = args.depth * args.aspect_ratio
-    print0(describe_backend(compute.device, model.compute_dtype))
+    print0(backend := describe_backend(compute.device, model.compute_dtype))
+    if "scaled_dot" in backend and any(left < config.sequence_len for left, _ in model.window_sizes):
+        print0("Warning: here the windows of S layers are masks, which save no time: --window-pattern L is no slower")
     print0(f"Compute dtype: {str(model.compute_dtype).split('.')[1]}, master weights fp32, "
            f"{torch.get_num_threads()} threads")
     print0(f"Vocabulary size: {tokenizer.get_vocab_size():,}")
@@ -209,10 +211,12 @@ def evaluate(run, step, last_step):
         core = try_evaluation("CORE", lambda: evaluate_model(model, tokenizer, compute.device,
                                                              args.core_metric_max_per_task))
         if core is not None:
-            print0(f"Step {step:05d} | CORE metric: {core['core_metric']:.4f}")
+            mark = f" ({dataset_label()})" if dataset_label() else ""
+            print0(f"Step {step:05d} | CORE metric{mark}: {core['core_metric']:.4f}")
             metrics.update({"core_metric": core["core_metric"], "centered_results": core["centered_results"]})
-    if compute.is_master and is_due(args.sample_every, step, last_step):
-        for text in try_evaluation("Sampling", lambda: sample_prompts(Engine(model, tokenizer), tokenizer)) or []:
+    if is_due(args.sample_every, step, last_step):
+        for text in try_evaluation("Sampling", lambda: sample_prompts(Engine(model, tokenizer), tokenizer)
+                                   if compute.is_master else []) or []:
             print0(text)
     if metrics:
         record(run, step, metrics)
@@ -220,20 +224,25 @@ def evaluate(run, step, last_step):
 
 
 def record(run, step, metrics):
-    """To metrics.jsonl and to wandb, with what every line carries."""
-    common = {"total_training_flops": run.speed.flops_per_step * step, "total_training_time": run.speed.total_time}
-    run.log.log(step, **common, **metrics)
-    run.wandb.log({"step": step, **common, **metrics})
+    """To metrics.jsonl and to wandb."""
+    metrics = {**totals(run, step), **metrics}
+    run.log.log(step, **metrics)
+    run.wandb.log({"step": step, **metrics})
 
 
-def save(run, step, val_bpb=None):
+def totals(run, step):
+    return {"total_training_flops": run.speed.flops_per_step * step, "total_training_time": run.speed.total_time}
+
+
+def save(run, step):
     """Write the step durably. Every rank takes part: the data state is gathered from all."""
     args, compute = run.args, run.compute
+    check_weights(run.model, step)
     data_state = merge_lane_states(compute.all_gather(run.data_state)) if run.data_state else None
     optimizer_state = run.optimizer.state_dict() if compute.is_master else None # whole on every rank
     save_checkpoint(run.folder, step, run.model.state_dict(), optimizer_state, {
         "step": step,
-        "val_bpb": val_bpb,
+        "val_bpb": None, # rewritten once it is known
         "model_config": asdict(run.model.config),
         "user_config": vars(args),
         "device_batch_size": args.device_batch_size,
@@ -241,8 +250,9 @@ def save(run, step, val_bpb=None):
         "dataloader_state_dict": data_state,
         "loop_state": {"min_val_bpb": run.min_val_bpb, "loss_meter": run.meter.state(),
                        "total_training_time": run.speed.total_time},
-        "lineage": lineage(run.tokenizer, args, compute),
+        "lineage": lineage(run.tokenizer, args, compute, run.model),
     }, rank=compute.ddp_rank, tokenizer=run.tokenizer)
+    run.saved_step = step
     print0(f"Saved step {step} to {run.folder}")
 
 
@@ -258,6 +268,9 @@ def print_step(run, step, num_steps, loss, multiplier, seconds):
 def train(run, batches, num_steps, accum_steps):
     """The whole of training on one page. Returns the metrics of the last evaluation."""
     args, model, optimizer, compute = run.args, run.model, run.optimizer, run.compute
+    if args.overwrite and compute.is_master: # only now that all else is known to be right
+        delete_steps(run.folder, after=run.saved_step)
+    run.log = MetricsLog(run.folder, run.saved_step or 0, enabled=compute.is_master)
     with Stop() as stop:
         for step in range(run.saved_step or 0, num_steps + 1): # one more than the steps: the end is saved, evaluated
             last_step = step == num_steps
@@ -268,9 +281,9 @@ def train(run, batches, num_steps, accum_steps):
             if stopped:
                 sys.exit(stop.exit_code())
             metrics = evaluate(run, step, last_step)
+            if step == run.saved_step and "val/bpb" in metrics and compute.is_master:
+                update_meta(run.folder, step, val_bpb=metrics["val/bpb"])
             if last_step:
-                if compute.is_master:
-                    update_meta(run.folder, step, val_bpb=metrics.get("val/bpb"))
                 return metrics
 
             compute.synchronize()
@@ -292,9 +305,9 @@ def train(run, batches, num_steps, accum_steps):
             run.log.log(step, **{"train/loss": loss, "train/lrm": multiplier, "train/dt": seconds,
                                  "train/tok_per_sec": run.speed.tok_per_sec})
             if step % 100 == 0:
-                run.wandb.log({"step": step, "train/loss": smooth, "train/lrm": multiplier, "train/dt": seconds,
-                               "train/tok_per_sec": run.speed.tok_per_sec, "train/mfu": run.speed.mfu,
-                               "train/epoch": run.data_state["epoch"]})
+                run.wandb.log({"step": step, **totals(run, step), "train/loss": smooth, "train/lrm": multiplier,
+                               "train/dt": seconds, "train/tok_per_sec": run.speed.tok_per_sec,
+                               "train/mfu": run.speed.mfu, "train/epoch": run.data_state["epoch"]})
 
 
 class Run:
@@ -311,7 +324,6 @@ class Run:
         peak = get_peak_flops(torch.cuda.get_device_name()) if compute.device.type == "cuda" else float("inf")
         self.speed = Throughput(args.total_batch_size, model.estimate_flops(), peak * compute.ddp_world_size,
                                 loop.get("total_training_time", 0.0))
-        self.log = MetricsLog(folder, self.saved_step or 0, enabled=compute.is_master)
         self.wandb = init_wandb(args.run, compute, "nanochat", vars(args))
 
 
@@ -346,11 +358,11 @@ def report(run, plan, metrics):
     if run.min_val_bpb is not None:
         print0(f"Minimum validation bpb: {run.min_val_bpb:.6f}")
     cap = run.args.core_metric_max_per_task
+    kind = [dataset_label(), f"at most {cap} examples per task" if cap > 0 else "all examples"]
     outcome = {
         "Minimum validation bpb": run.min_val_bpb,
         "Final validation bpb": metrics.get("val/bpb"),
-        f"CORE metric estimate ({f'at most {cap} examples per task' if cap > 0 else 'all examples'})":
-            metrics.get("core_metric"),
+        f"CORE metric estimate ({', '.join(filter(None, kind))})": metrics.get("core_metric"),
         "MFU %": run.speed.mfu,
         "Total training flops": run.speed.flops_per_step * plan["Calculated number of iterations"],
         "Total training time": f"{run.speed.total_time / 60:.2f}m",
@@ -366,9 +378,7 @@ def main(argv=None):
         parser.error("; ".join(problems))
     print_banner()
     folder = checkpoint_dir("base", args.model_tag or f"d{args.depth}")
-    resume_step = args.resume_from_step
-    if resume_step < 0:
-        resume_step = step_to_resume(folder, args.resume, args.overwrite)
+    resume_step = step_to_resume(folder, args.resume, args.overwrite, args.resume_from_step)
     tokenizer = get_tokenizer()
     compute = compute_init(args.device_type, args.seed)
     dtype = get_compute_dtype(compute.device, args.dtype)
@@ -393,8 +403,7 @@ def main(argv=None):
     accum_steps = grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len,
                                    compute.ddp_world_size)
     print0(compile_model(model, args.compile, lambda: warm_up(model, args, compute)))
-    if args.overwrite and compute.is_master: # only now that all else is known to be right
-        shutil.rmtree(folder, ignore_errors=True)
+    warn_of_changes((meta or {}).get("lineage", {}), lineage(tokenizer, args, compute, model))
     run = Run(args, compute, tokenizer, model, optimizer, folder, meta, lanes)
     metrics = train(run, batches, num_steps, accum_steps)
     report(run, plan, metrics)

@@ -17,7 +17,6 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True") # must p
 import argparse
 import contextlib
 import itertools
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -25,16 +24,17 @@ from dataclasses import asdict
 import torch
 import torch.nn.functional as F
 
-from nanochat.checkpoint_manager import (checkpoint_dir, find_newest_model, lineage, load_checkpoint, load_model,
-                                         save_checkpoint, step_to_resume, update_meta)
+from nanochat.checkpoint_manager import (check_parent, checkpoint_dir, delete_steps, find_newest_model, lineage,
+                                         load_checkpoint, load_model, save_checkpoint, step_to_resume, update_meta,
+                                         warn_of_changes)
 from nanochat.common import (DTYPES, UserError, compute_cleanup, compute_init, dataset_label, get_base_dir,
                              get_compute_dtype, init_wandb, print0, run_main)
 from nanochat.dataloader import conversation_steps
 from nanochat.gpt import Block
 from nanochat.report import get_report
 from nanochat.task_eval import evaluate_categorical
-from nanochat.training import (MetricsLog, Stop, accumulate, check_loss, compile_model, is_due, lr_multiplier,
-                               refuse_changes, set_schedule, try_evaluation)
+from nanochat.training import (MetricsLog, Stop, accumulate, check_loss, check_weights, compile_model, is_due,
+                               lr_multiplier, refuse_changes, set_schedule, try_evaluation)
 from tasks.arc import ARC
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
@@ -159,8 +159,11 @@ class Run:
         self.finished = self.saved_step == self.num_steps and evaluated
         loop = meta["loop_state"] if meta else {"train_loss": None, "total_time": 0.0}
         self.train_loss, self.total_time = loop["train_loss"], loop["total_time"]
-        self.log = MetricsLog(folder, self.saved_step or 0, enabled=compute.is_master)
+        self.saved_lineage = meta["lineage"] if meta else {}
         self.wandb = init_wandb(args.run, compute, "nanochat-sft", vars(args))
+
+    def lineage(self):
+        return lineage(self.tokenizer, self.args, self.compute, self.model, self.parent)
 
     def steps(self, task, state=None):
         """Endless (this rank's rows, loader state), one for each optimizer step; see conversation_steps."""
@@ -220,6 +223,7 @@ def evaluate(run, step, last_step):
 
 def save(run, step):
     """Write the step durably, on all ranks together. The last one needs no optimizer state."""
+    check_weights(run.model, step)
     optimizer_state = run.optimizer.state_dict() if run.compute.is_master and step < run.num_steps else None
     save_checkpoint(run.folder, step, run.model.state_dict(), optimizer_state, {
         "step": step,
@@ -229,14 +233,18 @@ def save(run, step):
         "max_seq_len": run.seq_len,
         "dataloader_state_dict": run.data_state,
         "loop_state": {"train_loss": run.train_loss, "total_time": run.total_time},
-        "lineage": lineage(run.tokenizer, run.args, run.compute, run.parent),
+        "lineage": run.lineage(),
     }, rank=run.compute.ddp_rank, tokenizer=run.tokenizer)
+    run.saved_step = step
     print0(f"Saved step {step} to {run.folder}")
 
 
 def train(run):
     """The whole of training on one page: exactly num_steps updates. Returns the metrics of the last evaluation."""
     compute, num_steps = run.compute, run.num_steps
+    if run.args.overwrite and compute.is_master: # only now that all else is known to be right
+        delete_steps(run.folder)
+    run.log = MetricsLog(run.folder, run.saved_step or 0, enabled=compute.is_master)
     batches = run.steps(run.train_task, run.data_state)
     with Stop() as stop:
         for step in range(run.saved_step or 0, num_steps + 1): # one more than the updates, to save and evaluate the end
@@ -247,9 +255,9 @@ def train(run):
             if stopped:
                 sys.exit(stop.exit_code())
             metrics = evaluate(run, step, last_step)
+            if step == run.saved_step and metrics and compute.is_master:
+                update_meta(run.folder, step, **metrics)
             if last_step:
-                if compute.is_master:
-                    update_meta(run.folder, step, **metrics)
                 return metrics
 
             start = time.time()
@@ -286,10 +294,9 @@ def prepare(args, compute):
         print0(f"Data set: {label} (synthetic: its scores are not those of the published benchmarks)")
     tasks = build_mixture(args), SmolTalk("test"), build_metric_tasks(args)
     if resume_step is None:
-        if args.overwrite and compute.is_master:
-            shutil.rmtree(folder, ignore_errors=True) # steps beyond the new last one would pass for this run's
         return Run(args, compute, tokenizer, model, folder, tasks, parent=meta)
     refuse_changes(meta["user_config"], vars(args), FIXED_ON_RESUME)
+    check_parent(meta["lineage"]["parent"], args.model_step)
     run = Run(args, compute, tokenizer, model, folder, tasks, meta["lineage"]["parent"], meta)
     if resume_step < run.num_steps:
         run.optimizer.load_state_dict(load_checkpoint(folder, resume_step, compute.device, load_optimizer=True)[1])
@@ -323,6 +330,7 @@ def main(argv=None):
         print0(f"{run.num_steps:,} steps of {args.target_examples_per_step} conversations, {run.seq_len} tokens a row")
         ids = torch.zeros((args.device_batch_size, run.seq_len), dtype=torch.long, device=compute.device)
         print0(compile_model(run.model, args.compile, lambda: run.model(ids, ids, loss_reduction="sum").backward()))
+        warn_of_changes(run.saved_lineage, run.lineage())
         report(run, train(run))
     run.wandb.finish()
     compute_cleanup()

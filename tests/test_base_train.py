@@ -57,6 +57,10 @@ def losses(base, tag):
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
+def dtype_here():
+    return str(base_train.get_compute_dtype("cpu")).removeprefix("torch.")
+
+
 def assert_same(left, right):
     assert left.keys() == right.keys()
     for name in left:
@@ -66,9 +70,10 @@ def assert_same(left, right):
 def test_a_run_writes_what_the_later_stages_need(base_dir, capsys):
     train("--model-tag=whole", "--num-iterations=30", "--eval-every=10", "--matrix-lr=0.5", "--embedding-lr=10",
           "--unembedding-lr=0.2", "--core-metric-every=30",
-          "--core-metric-max-per-task=4", "--sample-every=30")
+          "--core-metric-max-per-task=4", "--sample-every=30", "--save-every=20")
     out = capsys.readouterr().out
-    saved = meta(base_dir, "whole", 30)
+    assert meta(base_dir, "whole", 20)["val_bpb"] > (saved := meta(base_dir, "whole", 30))["val_bpb"]
+    assert (saved["lineage"]["compile"], saved["lineage"]["dtype"]) == ("off", dtype_here())
     assert saved["step"] == 30 and saved["user_config"]["depth"] == 2
     assert saved["model_config"]["window_pattern"] == "SSSL"
     assert saved["val_bpb"] == pytest.approx(saved["loop_state"]["min_val_bpb"] or saved["val_bpb"], rel=0.5)
@@ -76,9 +81,13 @@ def test_a_run_writes_what_the_later_stages_need(base_dir, capsys):
     history = losses(base_dir, "whole")
     assert list(history) == list(range(30)) and history[0] == pytest.approx(5.99, abs=0.02) # ln 400
     assert history[29] < history[0] - 0.5
-    assert "Step 00030 | Validation bpb" in out and "Step 00030 | CORE metric" in out
+    assert "Step 00030 | Validation bpb" in out and "Step 00030 | CORE metric (tinyworld): " in out
+    section = os.path.join(base_dir, "report", "base-model-training.json")
+    with open(section) as file:
+        assert "CORE metric estimate (tinyworld, at most 4 examples per task)" in file.read()
     assert "The capital of France is" in out and "tinyworld (synthetic" in out
     assert "Tokens : Scaling params ratio" in out
+    assert "Warning: here the windows of S layers are masks" in out
 
 
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(base_dir):
@@ -94,6 +103,24 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(base_dir):
     assert losses(base_dir, "straight") == losses(base_dir, "cut")
     assert meta(base_dir, "straight", 8)["val_bpb"] == meta(base_dir, "cut", 8)["val_bpb"]
     assert meta(base_dir, "straight", 8)["dataloader_state_dict"] == meta(base_dir, "cut", 8)["dataloader_state_dict"]
+
+
+def test_going_back_deletes_exactly_the_later_steps_and_only_if_told_to(base_dir, capsys):
+    flags = ["--model-tag=back", "--num-iterations=4", "--save-every=1"]
+    train(*flags, "--eval-every=-1")
+    kept, end = (weights(base_dir, "back", step) for step in (2, 4))
+    with pytest.raises(RuntimeError, match="up to step 4: pass --overwrite as well to delete those after step 2"):
+        train(*flags, "--resume-from-step=2")
+    with pytest.raises(ValueError, match="--matrix-lr was"):
+        train(*flags, "--resume-from-step=2", "--overwrite", "--matrix-lr=0.5")
+    assert complete_steps(folder(base_dir, "back")) == [1, 2, 3, 4], "nothing is deleted before all is right"
+    capsys.readouterr()
+    train("--model-tag=back", "--num-iterations=4", "--resume-from-step=2", "--overwrite", "--eval-every=2",
+          f"--dtype={'float32' if dtype_here() == 'bfloat16' else 'bfloat16'}")
+    assert complete_steps(folder(base_dir, "back")) == [1, 2, 4] and "Warning: dtype was" in capsys.readouterr().out
+    assert_same(kept, weights(base_dir, "back", 2))
+    assert meta(base_dir, "back", 2)["val_bpb"] > 0 and meta(base_dir, "back", 1)["val_bpb"] is None
+    assert any(not torch.equal(tensor, end[name]) for name, tensor in weights(base_dir, "back", 4).items())
 
 
 def test_resume_of_nothing_starts_and_of_a_complete_run_does_nothing(base_dir, capsys):
@@ -132,6 +159,31 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(base_dir,
     with pytest.raises(RuntimeError, match="the loss became nan in step 3"):
         train("--model-tag=nan", "--num-iterations=8", "--save-every=2")
     assert complete_steps(folder(base_dir, "nan")) == [2]
+
+
+def test_weights_that_are_not_finite_are_not_saved(base_dir, monkeypatch):
+    real, calls = base_train.accumulate, []
+    def overflowing(model, *args):
+        loss = real(model, *args)
+        calls.append(1)
+        if len(calls) == 4: # the last step before a save, so that no loss tells
+            model.lm_head.weight.grad[0, 0] = float("inf")
+        return loss
+    monkeypatch.setattr(base_train, "accumulate", overflowing)
+    with pytest.raises(RuntimeError, match="lm_head.weight are not finite after 4 steps, which is not saved"):
+        train("--model-tag=inf", "--num-iterations=8", "--save-every=2")
+    assert complete_steps(folder(base_dir, "inf")) == [2]
+
+
+def test_wandb_gets_the_totals(base_dir, monkeypatch):
+    lines = []
+    class Recorder(base_train.init_wandb("dummy", None, "", {}).__class__):
+        def log(self, line):
+            lines.append(line)
+    monkeypatch.setattr(base_train, "init_wandb", lambda *args: Recorder())
+    train("--model-tag=wandb", "--num-iterations=1")
+    assert [line["step"] for line in lines if "train/loss" in line] == [0] and len(lines) == 3
+    assert all({"total_training_flops", "total_training_time"} <= line.keys() for line in lines)
 
 
 def test_weights_do_not_depend_on_the_device_batch_size(base_dir, monkeypatch):

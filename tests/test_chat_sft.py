@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -197,6 +198,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(token
     assert torch.equal(before, run.model.transformer.wte.weight) and complete_steps(run.folder) == []
 
 
+def test_weights_that_are_not_finite_are_not_saved(tokenizer, monkeypatch):
+    def overflowing(model, *args):
+        loss = accumulate(model, *args)
+        model.lm_head.weight.grad[0, 0] = float("inf")
+        return loss
+    monkeypatch.setattr(chat_sft, "accumulate", overflowing)
+    run = tiny_run(tokenizer, "--num-iterations", "1")
+    with pytest.raises(UserError, match="the weights of lm_head.weight are not finite after 1 steps"):
+        chat_sft.train(run)
+    assert complete_steps(run.folder) == []
+
+
 def test_an_evaluation_that_fails_costs_nothing(tokenizer, monkeypatch, capsys):
     def fail(run):
         raise OSError("disk gone")
@@ -251,15 +264,18 @@ def test_the_script_saves_under_its_sources_tag_with_full_lineage(filled, tokeni
 
 
 def test_resuming_equals_never_stopping_bit_for_bit(filled):
-    folder = sft("--save-every", "2")
+    folder = sft("--save-every", "2", "--eval-every", "2", "--eval-steps", "1")
+    meta = read_json(os.path.join(folder, "meta_000002.json"))
+    assert meta["val_loss"] > 0 and meta["mmlu_acc"] is None, "as far as it was evaluated"
+    assert meta["lineage"]["compile"] == "off" and meta["lineage"]["dtype"] in ("float32", "bfloat16")
     weights = load_checkpoint(folder, 4, "cpu")[0]
-    losses = [line["train/loss"] for line in metrics_of(folder)]
+    losses = [line["train/loss"] for line in metrics_of(folder) if "train/loss" in line]
     for name in ("model_000004.pt", "meta_000004.json"):
         os.unlink(os.path.join(folder, name))
     sft("--save-every", "2", "--resume")
     for name, tensor in load_checkpoint(folder, 4, "cpu")[0].items():
         assert torch.equal(tensor, weights[name]), name
-    assert [line["train/loss"] for line in metrics_of(folder)] == losses and len(losses) == 4
+    assert [line["train/loss"] for line in metrics_of(folder) if "train/loss" in line] == losses and len(losses) == 4
 
 
 def test_sigterm_saves_and_the_run_goes_on_from_there(filled, monkeypatch):
@@ -291,6 +307,31 @@ def test_resume_refuses_other_mathematics_and_a_second_run_asks_what_to_do(fille
     capsys.readouterr()
     sft("--num-iterations", "1", "--resume")
     assert "Nothing to do" in capsys.readouterr().out
+
+
+def test_resume_refuses_a_source_that_was_trained_anew(filled, tokenizer):
+    flags = ["--num-iterations", "1"]
+    folder = sft(*flags)
+    model = tiny_model(tokenizer)
+    model.lm_head.weight.data[0, 0] += 1
+    save_checkpoint(checkpoint_dir("base", "own"), 7, model.state_dict(), None,
+                    {"step": 7, "model_config": vars(model.config)}, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="from step 7 in .*own, which was trained on or anew since .*--overwrite"):
+        sft(*flags, "--resume")
+    sft(*flags, "--overwrite")
+    sft(*flags, "--resume")
+    assert complete_steps(folder) == [1]
+
+
+def test_overwriting_deletes_nothing_before_all_is_right(filled, monkeypatch):
+    folder = sft("--save-every", "1")
+    lines = metrics_of(folder)
+    with pytest.raises(ValueError, match="--target-examples-per-step must be at most"):
+        sft("--overwrite", "--target-examples-per-step", "100000", "--num-iterations", "-1")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--run needs the package wandb"):
+        sft("--overwrite", "--run", "x")
+    assert complete_steps(folder) == [1, 2, 3, 4] and metrics_of(folder) == lines
 
 
 def test_a_missing_source_names_what_there_is(base_dir, filled):

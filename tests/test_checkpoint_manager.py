@@ -293,8 +293,24 @@ def test_a_new_run_does_not_mix_with_an_old_one(base):
         cm.step_to_resume(folder, resume=False, overwrite=False)
     assert cm.step_to_resume(folder, resume=False, overwrite=True) is None
     assert cm.step_to_resume(folder, resume=True, overwrite=False) == 2
+    assert cm.step_to_resume(folder, False, False, from_step=2) == cm.step_to_resume(folder, True, False, 2) == 2
+    with pytest.raises(UserError, match="step 2: pass --overwrite as well to delete those after step 1, or --resume"):
+        cm.step_to_resume(folder, resume=False, overwrite=False, from_step=1)
+    assert cm.step_to_resume(folder, resume=False, overwrite=True, from_step=1) == 1
     flip_a_byte(base / "run" / "model_000002.pt")
     assert cm.step_to_resume(folder, resume=True, overwrite=False) == 1
+
+
+def test_exactly_the_later_steps_are_deleted(base):
+    cm.delete_steps(str(base / "none"))
+    for step in (1, 2, 1234567):
+        save(base / "run", step, optimizer={"of": torch.tensor(0)})
+    (base / "run" / "optim_000003_rank12.pt").write_bytes(b"of a killed save")
+    (base / "run" / "metrics.jsonl").touch()
+    cm.delete_steps(str(base / "run"), after=1)
+    assert names(base / "run") == ["meta_000001.json", "metrics.jsonl", "model_000001.pt", "optim_000001_rank0.pt"]
+    cm.delete_steps(str(base / "run"))
+    assert names(base / "run") == ["metrics.jsonl"]
 
 
 # ---- failures while saving ----
@@ -466,16 +482,50 @@ def test_a_legacy_pickle_in_the_base_directory_serves(base, tokenizer):
     assert cm.build_model(str(base / "run"), 1, "cpu", "eval")[1].fingerprint() == tokenizer.fingerprint()
 
 
-def test_lineage_names_the_ancestors(base, tokenizer):
+def test_lineage_names_the_ancestors(base, tokenizer, capsys):
     data = {"name": "tinyworld", "synthetic": True, "validation_shard": "shard_00003.parquet"}
     write_json(base / "manifest.json", {**data, "files": {}})
     compute = Compute(False, 0, 0, 1, torch.device("cpu"))
-    base_lineage = cm.lineage(tokenizer, argparse.Namespace(depth=3, seed=7), compute)
+    model = make_model()
+    base_lineage = cm.lineage(tokenizer, argparse.Namespace(depth=3, seed=7), compute, model)
+    assert (base_lineage["dtype"], base_lineage["compile"]) == (str(model.compute_dtype).split(".")[-1], "off")
+    model.compute_dtype, model.block_fn = torch.bfloat16, lambda *args: None # stands for a compiled block
+    now = cm.lineage(tokenizer, argparse.Namespace(), compute._replace(ddp_world_size=2), model)
+    assert (now["dtype"], now["compile"]) == ("bfloat16", "on")
+    capsys.readouterr()
+    cm.warn_of_changes({}, now)
+    cm.warn_of_changes(now, now)
+    cm.warn_of_changes({**base_lineage, "dtype": "float32"}, now)
+    assert capsys.readouterr().out == (
+        "Warning: dtype was float32, is bfloat16; compile was off, is on; world_size was 1, is 2: "
+        "the steps from here need not equal an uninterrupted run's bit for bit\n")
     assert base_lineage["parent"] is None and base_lineage["data"] == data
     assert base_lineage["seed"] == 7 and base_lineage["flags"] == {"depth": 3, "seed": 7}
     assert base_lineage["versions"]["torch"] == torch.__version__ and base_lineage["threads"] == torch.get_num_threads()
     save(base / "base_checkpoints" / "d3", 9, lineage=base_lineage)
     parent = cm.load_model("base", "cpu", "train")[2]
-    child = cm.lineage(tokenizer, argparse.Namespace(), compute, parent)
+    child = cm.lineage(tokenizer, argparse.Namespace(), compute, model, parent)
+    files = child["parent"].pop("files")
+    assert list(files) == ["model_000009.pt"] and files["model_000009.pt"]["sha256"]
     assert child["parent"] == {"source": "base", "model_tag": "d3", "step": 9, "lineage": base_lineage}
     json.dumps(child)
+
+
+def test_a_parent_that_was_trained_since_is_noticed(base, tokenizer):
+    folder, compute = base / "base_checkpoints" / "d3", Compute(False, 0, 0, 1, torch.device("cpu"))
+    save(folder, 9)
+    parent = cm.lineage(tokenizer, argparse.Namespace(), compute, make_model(),
+                        cm.load_model("base", "cpu", "train")[2])["parent"]
+    assert cm.lineage(tokenizer, argparse.Namespace(), compute, make_model(), parent)["parent"] == parent
+    cm.check_parent(parent)
+    save(folder, 10)
+    cm.check_parent(parent, step=9)
+    with pytest.raises(UserError, match=r"started from step 9 in .*d3, which was .*now step 10\): pass --overwrite"):
+        cm.check_parent(parent)
+    cm.delete_steps(str(folder), after=9)
+    save(folder, 9, model=make_model(seed=1))
+    for step in (None, 9):
+        with pytest.raises(UserError, match=r"now step 9\): pass --overwrite, not --resume"):
+            cm.check_parent(parent, step)
+    del parent["files"] # of an older run
+    cm.check_parent(parent)

@@ -1,17 +1,22 @@
 """The pieces of a training loop against hand computations."""
 import argparse
+import datetime
 import json
 import os
 import signal
+import socket
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
-from nanochat.common import Compute, UserError
+from nanochat import training
+from nanochat.common import Compute, UserError, compute_init
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, check_loss, compile_model,
-                               grad_accum_steps, is_due, lr_multiplier, muon_momentum, refuse_changes, set_schedule,
-                               training_horizon, try_evaluation)
+from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, check_loss, check_weights,
+                               compile_model, grad_accum_steps, is_due, lr_multiplier, muon_momentum, refuse_changes,
+                               set_schedule, training_horizon, try_evaluation)
 
 ONE_RANK = Compute(False, 0, 0, 1, torch.device("cpu"))
 
@@ -162,11 +167,40 @@ def test_failures_in_words(capsys):
     check_loss(1.0, 0)
     with pytest.raises(UserError, match="the loss became nan in step 7"):
         check_loss(float("nan"), 7)
+    model = tiny_model()
+    check_weights(model, 0)
+    model.x0_lambdas.data[1] = float("inf")
+    with pytest.raises(UserError, match="the weights of x0_lambdas are not finite after 7 steps, which is not saved"):
+        check_weights(model, 7)
     assert try_evaluation("CORE", lambda: 1 / 0) is None
     assert "CORE failed and is left out: ZeroDivisionError" in capsys.readouterr().out
     refuse_changes({"depth": 4, "seed": 1}, {"depth": 4, "seed": 2}, ["depth", "new_flag"])
     with pytest.raises(ValueError, match="--depth was 4, is 6"):
         refuse_changes({"depth": 4}, {"depth": 6}, ["depth"])
+
+
+def evaluate_on_two_ranks(rank, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    compute, new_group = compute_init("cpu"), dist.new_group
+    training.dist.new_group = lambda **kw: new_group(**{**kw, "timeout": datetime.timedelta(seconds=2)})
+
+    def evaluate(fails, collective):
+        if fails and rank == 1:
+            raise OSError("disk gone")
+        return compute.all_reduce(rank + 1) if collective else "fine"
+    assert try_evaluation("A", lambda: evaluate(False, True)) == [3.0]
+    assert try_evaluation("B", lambda: evaluate(True, False)) is None, "on both ranks"
+    assert compute.all_reduce(rank + 1) == [3.0], "in step again"
+    with pytest.raises(UserError, match="C did not end on all ranks, so that they are out of step: --resume"):
+        try_evaluation("C", lambda: evaluate(True, True))
+    os._exit(0) # as in a run, the end of rank 1 frees rank 0 from all_reduce; no tidying up of broken groups
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_a_failed_evaluation_and_none_waits_for_ever():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    mp.spawn(evaluate_on_two_ranks, (port,), nprocs=2)
 
 
 @quiet_compiler
