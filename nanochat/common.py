@@ -10,6 +10,7 @@ Imports nothing else of nanochat. Importing it makes no folder, touches no netwo
 """
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import logging
@@ -32,18 +33,38 @@ class UserError(RuntimeError):
     """A mistake of the user or a limit of the machine, told in one sentence with its cure."""
 
 
-def run_main(main):
+CURES = { # of errors of the system
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "use a folder that you may write to"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY), "move away what is in its place")}
+
+
+def _sentence_of(error):
+    """What the user is told: of an error of the system the path and the cure, else the error's own words."""
+    if getattr(error, "errno", None) not in CURES:
+        return str(error) or type(error).__name__
+    path = error.filename2 or error.filename or "the disk" # of a rename the new name: the old one is temporary
+    return f"{path}: {error.strerror}; {CURES[error.errno]}"
+
+
+_writes = False # does the program that runs write below the base directory? `run_main` is told
+
+
+def run_main(main, writes=True):
     """
     Run a script's `main()`; print what the user can act on as one line and exit with 1.
 
+    writes  False for a program that only reads, which may then use a base directory of somebody else
     Usage errors exit with 2 (argparse), Ctrl-C with 130. Set NANOCHAT_DEBUG=1 to see the traceback.
     """
+    global _writes
+    _writes = writes
     try:
         main()
     except (ValueError, OSError, UserError) as error:
         if os.environ.get("NANOCHAT_DEBUG"):
             raise
-        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+        print(f"error: {_sentence_of(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -56,8 +77,10 @@ def get_base_dir():
     base_dir = os.environ.get("NANOCHAT_BASE_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "nanochat")
     try:
         os.makedirs(base_dir, exist_ok=True)
+        if _writes and not os.access(base_dir, os.W_OK): # told before the work, not after it
+            raise PermissionError(errno.EACCES, "it is not writable")
     except OSError as error:
-        raise UserError(f"cannot make the base directory {base_dir} ({error.strerror}): "
+        raise UserError(f"cannot use the base directory {base_dir} ({error.strerror}): "
                         "set NANOCHAT_BASE_DIR to a folder you can write to") from error
     return base_dir
 
@@ -78,7 +101,9 @@ def atomic_write(path, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno and error.filename in (None, temporary):
+            error.filename = os.fspath(path) # the name that the user knows
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
@@ -102,13 +127,16 @@ def write_json(path, value):
         file.write("\n")
 
 
-def read_json(path):
-    """Read a JSON file; a broken one raises ValueError with its path."""
+def read_json(path, **types):
+    """Read a JSON object from a file; ValueError with the path for a broken one, or without keys of these `types`."""
     with open(path, encoding="utf-8") as file:
         try:
-            return json.load(file)
-        except ValueError as error:
+            value = json.load(file)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON ({error}): delete it or restore it") from error
+    if not isinstance(value, dict) or not all(isinstance(value.get(key, ...), types[key]) for key in types):
+        raise ValueError(f"{path} must be a JSON object with proper {', '.join(types)}: delete it or restore it")
+    return value
 
 
 def file_sha256(path):
@@ -122,7 +150,8 @@ def file_sha256(path):
 def read_manifest():
     """The manifest of this base directory's data set (see `claim_base_dir`), or None when there is none."""
     path = os.path.join(get_base_dir(), "manifest.json")
-    return read_json(path) if os.path.exists(path) else None
+    types = {"name": str, "synthetic": bool, "validation_shard": str | None, "files": dict}
+    return read_json(path, **types) if os.path.exists(path) else None
 
 
 def claim_base_dir(name, synthetic, validation_shard=None, files=None):
@@ -230,7 +259,11 @@ def load_hub_dataset(name, subset=None, split="train"):
     if files:
         import pyarrow as pa
         import pyarrow.parquet as pq
-        return datasets.Dataset(pa.concat_tables([pq.read_table(os.path.join(folder, file)) for file in files]))
+        try:
+            return datasets.Dataset(pa.concat_tables([pq.read_table(os.path.join(folder, file)) for file in files]))
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{folder} holds a parquet file that cannot be read ({str(error).splitlines()[0]}): "
+                             "delete the folder, then fetch or generate the data again") from error
     _refuse_to_mix(f"{name} ({subset or 'default'}, {split})")
     try:
         return datasets.load_dataset(name, subset, split=split)
@@ -302,7 +335,11 @@ def init_wandb(run, compute, project, config):
         import wandb
     except ImportError as error:
         raise UserError("--run needs the package wandb: pip install wandb, or leave --run at dummy") from error
-    return wandb.init(project=project, name=run, config=config)
+    try:
+        return wandb.init(project=project, name=run, config=config)
+    except wandb.Error as error:
+        raise UserError(f"wandb cannot log this run ({str(error).splitlines()[0]}): run `wandb login`, set "
+                        "WANDB_MODE=offline, or leave --run at dummy") from error
 
 # -----------------------------------------------------------------------------
 # Where this process runs

@@ -133,7 +133,7 @@ def sample_next_token(logits, rng, temperature=1.0, top_k=None):
     top_k keeps the k largest logits of a row, None or <= 0 = no limit. Returns ids (B, 1), int64. Raises ValueError for
     the temperature, UserError for a row of logits that no id can be drawn from.
     """
-    if temperature < 0:
+    if not temperature >= 0: # nan is not either
         raise ValueError(f"temperature must be at least 0, got {temperature}")
     if not logits.amax(dim=-1).isfinite().all(): # a NaN anywhere makes it NaN
         raise UserError("the logits are not finite: take another checkpoint if the weights are damaged, or "
@@ -333,4 +333,4 @@ def main():
 
 if __name__ == "__main__":
     from nanochat.common import run_main
-    run_main(main)
+    run_main(main, writes=False)

@@ -171,18 +171,19 @@ def render_table(scores, label):
 # Plots
 
 def _read_curves(path):
-    """{key: (steps, values)} of a metrics.jsonl; a line cut short by a crash is left out."""
+    """{key: (steps, values)} of a metrics.jsonl; a line cut short by a crash, or without a step, is left out."""
     curves = {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
-            except ValueError:
+                step = int(record["step"])
+            except (ValueError, TypeError, KeyError):
                 continue
             for key, value in record.items():
                 if isinstance(value, (int, float)) and key != "step":
                     steps, values = curves.setdefault(key, ([], []))
-                    steps.append(record["step"])
+                    steps.append(step)
                     values.append(value)
     return curves
 
@@ -207,7 +208,8 @@ def plot_curves(base_dir, path):
         axes.set(title=f"{stage}: {key}", xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=100)
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, dpi=100, format="png")
     return True
 
 
@@ -228,7 +230,8 @@ def plot_scores(scores, label, path):
     axes.invert_yaxis()
     axes.margins(x=0.1)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=100)
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, dpi=100, format="png")
     return True
 
 # -----------------------------------------------------------------------------
@@ -246,7 +249,8 @@ class Report:
     def _run(self):
         """{"run_id", "started"} of the last reset; both None without one."""
         path = self._path("header.json")
-        return read_json(path) if os.path.exists(path) else {"run_id": None, "started": None}
+        types = {"run_id": str, "started": str}
+        return read_json(path, **types) if os.path.exists(path) else dict.fromkeys(types)
 
     def log(self, section, data):
         """Write (again) a section from a list of str and dicts; returns the path of its markdown."""
@@ -267,8 +271,9 @@ class Report:
         for slug in [*filter(found.__contains__, SECTIONS), *sorted(found - set(SECTIONS))]:
             with open(self._path(f"{slug}.md"), encoding="utf-8") as file:
                 text = file.read()
-            facts = self._path(f"{slug}.json")
-            sections[slug] = (read_json(facts) if os.path.exists(facts) else _read_foreign(text)) | {"text": text}
+            facts, types = self._path(f"{slug}.json"), {"timestamp": str, "run_id": str | None, "data": list}
+            section = read_json(facts, **types) if os.path.exists(facts) else _read_foreign(text)
+            sections[slug] = section | {"text": text}
         return sections
 
     def _render_header(self, label, mixed):
@@ -313,7 +318,8 @@ class Report:
             file.write(text)
         for name in ["report.md", *plots]:
             if os.path.realpath(name) != os.path.realpath(self._path(name)):
-                shutil.copyfile(self._path(name), name)
+                with open(self._path(name), "rb") as source, atomic_write(name, "wb") as copy:
+                    shutil.copyfileobj(source, copy)
         print0(f"Report: wrote {self._path('report.md')} and a copy here")
         return self._path("report.md")
 

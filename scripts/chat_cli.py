@@ -41,7 +41,7 @@ def build_parser():
 def check_args(args):
     """All that is wrong with the flags, as sentences."""
     problems = [f"--max-tokens must be at least 1, got {args.max_tokens}"] if args.max_tokens < 1 else []
-    if args.temperature < 0:
+    if not args.temperature >= 0: # nan is not either
         problems.append(f"--temperature must be at least 0, got {args.temperature}")
     return problems
 
@@ -159,4 +159,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, writes=False)

@@ -45,7 +45,7 @@ def check_args(args):
     problems = [f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
                 for name in ("max_new_tokens", "num_samples", "batch_size", "max_problems")
                 if getattr(args, name) is not None and getattr(args, name) < 1]
-    if args.temperature < 0:
+    if not args.temperature >= 0: # nan is not either
         problems.append(f"--temperature must be at least 0, got {args.temperature}")
     unknown = [name for name in args.task_name.split("|") if name not in EVALS]
     if args.task_name != "all" and unknown:

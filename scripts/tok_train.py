@@ -39,9 +39,9 @@ def check_args(args):
         problems.append(f"--max-chars must be at least 1, got {args.max_chars}")
     if args.doc_cap < 1:
         problems.append(f"--doc-cap must be at least 1, got {args.doc_cap}")
-    if args.vocab_size < MIN_VOCAB_SIZE:
+    if not MIN_VOCAB_SIZE <= args.vocab_size < 2**31: # ids are stored in 32 bits
         problems.append(f"--vocab-size must be at least {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} special "
-                        f"tokens), got {args.vocab_size}")
+                        f"tokens) and below 2**31, got {args.vocab_size}")
     return problems
 
 

@@ -21,7 +21,7 @@ class ARC(Task):
         self.subset = one_of("ARC's subset", subset, ("ARC-Easy", "ARC-Challenge"))
         self.split = one_of("ARC's split", split, ("train", "validation", "test"))
         self.letters_only = letters_only
-        self.data = load_rows("allenai/ai2_arc", subset, split)
+        self.data = load_rows("allenai/ai2_arc", subset, split, "question", "label", "text", "answerKey")
 
     @property
     def name(self):

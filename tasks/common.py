@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 
 import numpy as np
 
-from nanochat.common import load_hub_dataset, print0
+from nanochat.common import hub_mirror_dir, load_hub_dataset, print0
 
 
 class Task:
@@ -94,9 +94,14 @@ def one_of(what, value, allowed):
     return value
 
 
-def load_rows(name, subset, split):
+def load_rows(name, subset, split, *columns):
     """The rows of one split of a hub data set, shuffled with seed 42 so that any slice is a fair sample."""
-    return load_hub_dataset(name, subset, split).shuffle(seed=42)
+    data = load_hub_dataset(name, subset, split)
+    found = {path.rpartition(".")[2] for path in data.features.flatten()} # fields of structs among them
+    if missing := [column for column in columns if column not in found]:
+        raise ValueError(f"{name} ({subset or 'default'}, {split}) lacks the columns {', '.join(missing)}: put its own "
+                         f"parquet files in {hub_mirror_dir(name, subset, split)}")
+    return data.shuffle(seed=42)
 
 
 def check_messages(messages, where):

@@ -38,7 +38,7 @@ class CustomJSON(Task):
     def _parse(self, line, where):
         try:
             messages = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not valid JSON ({error})") from error
         check_messages(messages, where)
         if messages[-1]["role"] != "assistant":

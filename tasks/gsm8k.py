@@ -20,7 +20,7 @@ class GSM8K(Task):
         self.subset = one_of("GSM8K's subset", subset, ("main", "socratic"))
         self.split = one_of("GSM8K's split", split, ("train", "test"))
         self.strict = strict
-        self.data = load_rows("openai/gsm8k", subset, split)
+        self.data = load_rows("openai/gsm8k", subset, split, "question", "answer")
         for index, answer in enumerate(self.data["answer"]):
             if extract_answer(split_tool_calls(answer)[-1]["text"]) is None:
                 raise ValueError(f"{self.name}, row {index}: must end in '#### <number>', got {answer[-40:]!r}")

@@ -32,7 +32,7 @@ class MMLU(Task):
         self.subset = one_of("MMLU's subset", subset, ("all", "auxiliary_train"))
         splits = ("train",) if subset == "auxiliary_train" else ("validation", "dev", "test")
         self.split = one_of(f"the split of MMLU's {subset}", split, splits)
-        self.data = load_rows("cais/mmlu", subset, split)
+        self.data = load_rows("cais/mmlu", subset, split, "question", "choices", "answer", "subject")
 
     @property
     def name(self):

@@ -12,7 +12,7 @@ class SmolTalk(Task):
     def __init__(self, split, **slice_kwargs):
         super().__init__(**slice_kwargs)
         self.split = one_of("SmolTalk's split", split, ("train", "test"))
-        self.data = load_rows("HuggingFaceTB/smol-smoltalk", None, split)
+        self.data = load_rows("HuggingFaceTB/smol-smoltalk", None, split, "messages")
 
     @property
     def name(self):

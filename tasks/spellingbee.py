@@ -90,8 +90,11 @@ TEMPLATES = (
 
 @functools.lru_cache(maxsize=2)
 def _read_words(path):
-    with open(path, encoding="utf-8") as file:
-        return tuple(word for word in map(str.strip, file) if word)
+    with open(path, encoding="utf-8", errors="replace") as file:
+        words = tuple(word for word in map(str.strip, file) if word)
+    if bad := [word for word in words if "\ufffd" in word]:
+        raise ValueError(f"{path} holds {bad[0]!r}, which is not UTF-8: delete it, then fetch or generate it again")
+    return words
 
 
 def words_of_split(split, words=None):

@@ -43,7 +43,8 @@ class TinyWorld(Task):
         self.mode = one_of("TinyWorld's mode", mode, ("free", "choice"))
         allowed = ("test", "train") if mode == "free" else ("test",)
         self.split = one_of(f"TinyWorld's split in {mode} mode", split, allowed)
-        self.data = load_rows("nanochat/tinyworld", None, split)
+        columns = ("messages_json",) if mode == "free" else ("question", "choices", "gold")
+        self.data = load_rows("nanochat/tinyworld", None, split, "domain", *columns)
 
     @property
     def name(self):

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import logging
 import math
@@ -32,6 +33,8 @@ def names(folder):
 
 @pytest.mark.parametrize("error, code, words", [
     (ValueError("bad"), 1, "error: bad\n"), (UserError("bad"), 1, "error: bad\n"), (OSError("bad"), 1, "error: bad\n"),
+    (OSError(errno.ENOSPC, "full", "a.tmp", None, "a"), 1, "error: a: full; make room there\n"),
+    (OSError(errno.EROFS, "read-only", "a"), 1, "error: a: read-only; use a folder that you may write to\n"),
     (ValueError(), 1, "error: ValueError\n"), (KeyboardInterrupt(), 130, "")])
 def test_run_main_tells_the_user_in_one_line(error, code, words, monkeypatch, capsys):
     def main():
@@ -51,8 +54,17 @@ def test_base_dir_is_read_anew_and_made(tmp_path, monkeypatch):
         monkeypatch.setenv("NANOCHAT_BASE_DIR", value)
         assert common.get_base_dir() == str(folder) and folder.is_dir()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", os.path.join(__file__, "base"))
-    with pytest.raises(UserError, match="cannot make the base directory .*: set NANOCHAT_BASE_DIR to a folder"):
+    with pytest.raises(UserError, match="cannot use the base directory .*: set NANOCHAT_BASE_DIR to a folder"):
         common.get_base_dir()
+
+
+def test_a_base_dir_that_cannot_be_written_is_refused_at_once_but_to_readers(base, monkeypatch, capsys):
+    monkeypatch.setattr(common, "_writes", False) # back to this after the test
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    common.run_main(common.get_base_dir, writes=False)
+    with pytest.raises(SystemExit):
+        common.run_main(common.get_base_dir)
+    assert f"cannot use the base directory {base} (it is not writable)" in capsys.readouterr().err
 
 
 def test_files_are_whole_or_absent_and_json_is_standard(tmp_path):
@@ -159,6 +171,13 @@ def test_one_process(monkeypatch, capsys):
     assert capsys.readouterr().out == "only rank 0!"
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb, or leave --run at dummy"):
+        common.init_wandb("x", SINGLE, "project", {})
+    class Error(Exception):
+        pass
+    def init(**kwargs):
+        raise Error("No API key configured.")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Error=Error, init=init))
+    with pytest.raises(UserError, match="cannot log this run .No API key configured.*set WANDB_MODE=offline, or leave"):
         common.init_wandb("x", SINGLE, "project", {})
     assert common.init_wandb("x", SINGLE._replace(ddp_rank=1), "project", {}).log({"x": 1}, step=2) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -172,6 +172,7 @@ def test_chatcore_needs_its_six_tasks(monkeypatch, capsys):
     (chat_eval, ["-i", "sft", "-a", "GSM8K|Sudoku", "-x", "0"], "--max-problems must be at least 1, got 0; --task"),
     (chat_eval, ["-i", "sft", "-a", "Sudoku"], "got Sudoku"),
     (chat_eval, ["-i", "sft", "-t", "-1"], "--temperature must be at least 0, got -1.0"),
+    (chat_eval, ["-i", "sft", "-t", "nan"], "--temperature must be at least 0, got nan"),
     (chat_eval, ["-i", "pretrained"], "invalid choice: 'pretrained'"),
     (chat_cli, ["--max-tokens", "0", "-t", "-0.5"], "--max-tokens must be at least 1, got 0; --temperature"),
 ])

@@ -217,7 +217,8 @@ def test_plots_are_made_from_metrics_files_and_linked(home):
     folder.mkdir(parents=True)
     lines = [{"step": i, "train/loss": 5 / (i + 1), "train/lrm": 1.0} for i in range(5)] + [{"step": 5, "val/bpb": 1.5}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(text + '{"step": 6, "tra', "utf-8") # cut short by a crash
+    text += '5\n{"train/loss": 1.0}\n{"step": 6, "tra' # no records, and one cut short by a crash
+    (folder / "metrics.jsonl").write_text(text, "utf-8")
     text = read(log_whole_run().generate())
     for name in ("report_scores.png", "report_curves.png"):
         assert f"![{name}]({name})" in text

@@ -82,7 +82,8 @@ def test_a_corpus_too_small_says_how_many_tokens_it_gave(shards, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--vocab-size", "264"], "--vocab-size must be at least 265 (256 bytes and 9 special tokens), got 264"),
+    (["--vocab-size", "264"], "--vocab-size must be at least 265 (256 bytes and 9 special tokens) and below 2**31, "),
+    (["--vocab-size", "99999999999999999999"], "and below 2**31, got 99999999999999999999"),
     (["--max-chars", "0", "--doc-cap", "-1"],
      "--max-chars must be at least 1, got 0; --doc-cap must be at least 1, got -1"),
 ])
