@@ -21,6 +21,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -68,11 +69,16 @@ def split_files(split):
     if split not in ("train", "val"):
         raise ValueError(f"split must be train or val, got {split!r}")
     paths = {os.path.basename(path): path for path in list_parquet_files()}
-    folder = os.path.join(get_base_dir(), "base_data")
+    folder, manifest = os.path.join(get_base_dir(), "base_data"), read_manifest() or {"name": NAME}
     if len(paths) < 2:
         raise FileNotFoundError(f"need at least two shards (one for validation) in {folder}, found {len(paths)}: "
                                 "run `python -m nanochat.dataset -n 8`, or with --from and your own files")
-    named = (read_manifest() or {}).get("validation_shard")
+    listed = {} if manifest["name"] == NAME else manifest["files"] # a download lists its shards only when it ends
+    strays = [name for name in paths if f"base_data/{name}" not in listed]
+    if strays and any(name.startswith("base_data/") for name in listed):
+        raise ValueError(f"{strays[0]} in {folder} is no shard of the data set {manifest['name']}, and data sets never "
+                         "mix: move it away")
+    named = manifest.get("validation_shard")
     if named and named not in paths:
         raise FileNotFoundError(f"the validation shard {named} of {folder} is missing: download or build it again")
     pinned = named or index_to_filename(MAX_SHARD)
@@ -84,13 +90,15 @@ def split_files(split):
 
 @contextlib.contextmanager
 def open_shard(path):
-    """A pyarrow ParquetFile that has a column `text`; anything else raises ValueError with the cure."""
+    """A pyarrow ParquetFile with a column `text` of strings; anything else raises ValueError with the cure."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     try:
         with pq.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise ValueError(f"{path} has no column 'text' but {', '.join(file.schema_arrow.names)}: turn it into "
+            types = {field.name: str(field.type) for field in file.schema_arrow}
+            if not re.match(r"(dictionary<values=)?(large_)?(string|binary)|null$", types.get("text", "")):
+                raise ValueError(f"{path} has no column 'text' of strings but "
+                                 f"{', '.join(f'{name} ({kind})' for name, kind in types.items())}: turn it into "
                                  "shards with `python -m nanochat.dataset --from FILE --text-column NAME`")
             yield file
     except (pa.ArrowException, OSError) as error:
@@ -226,15 +234,20 @@ def download_shards(indices, num_workers):
     """Download shards in parallel and record them in the manifest. Returns the names of those that are missing."""
     from concurrent.futures import ThreadPoolExecutor
     from tqdm import tqdm
-    files = claim_base_dir(NAME, synthetic=False, validation_shard=index_to_filename(MAX_SHARD))["files"]
-    missing, stop = [], threading.Event()
+    if read_manifest() is None and list_parquet_files():
+        raise UserError(f"{get_base_dir()} holds shards of unknown data, and data sets never mix: move its base_data "
+                        "away, or set NANOCHAT_BASE_DIR to another folder")
+    claim = functools.partial(claim_base_dir, NAME, False, index_to_filename(MAX_SHARD))
+    files, missing, stop = claim()["files"], [], threading.Event()
 
     def on_bytes(count):
         if stop.is_set():
             raise KeyboardInterrupt # ends a worker thread at its next piece
         progress.update(count)
 
-    with (tqdm(unit="B", unit_scale=True, disable=None) as progress, ThreadPoolExecutor(num_workers) as pool):
+    with (contextlib.ExitStack() as stack, tqdm(unit="B", unit_scale=True, disable=None) as progress,
+          ThreadPoolExecutor(num_workers) as pool):
+        stack.callback(_drop_claim_on_nothing) # also after Ctrl-C; by then the workers have ended
         try:
             results = pool.map(functools.partial(download_single_file, on_bytes=on_bytes), indices)
             for done, (index, complete) in enumerate(zip(indices, results), 1):
@@ -248,8 +261,19 @@ def download_shards(indices, num_workers):
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    claim_base_dir(NAME, synthetic=False, files=files)
+    if files:
+        claim(files=files)
     return missing
+
+
+def _drop_claim_on_nothing():
+    """Without any shard, or the beginning of one, the claim would only keep other data out."""
+    folder = pathlib.Path(get_base_dir(), "base_data")
+    if not any(folder.rglob("*.parquet")):
+        shutil.rmtree(folder / ".download", ignore_errors=True) # holds locks
+        with contextlib.suppress(OSError): # absent, or it holds files of the user
+            folder.rmdir()
+        (folder.parent / "manifest.json").unlink(missing_ok=True)
 
 
 def _size_and_hash(path):
@@ -282,8 +306,8 @@ def _choose_column(columns, wanted, path):
     for name in [wanted] if wanted else TEXT_COLUMNS:
         if name in columns:
             return name
-    raise ValueError(f"{path} has no column {wanted or 'text'!r} but {', '.join(map(str, columns))}: "
-                     "say with --text-column which one holds the documents")
+    raise UserError(f"{path} has no column {wanted or 'text'!r} but {', '.join(map(str, columns)) or 'an empty row'}: "
+                    "say with --text-column which one holds the documents")
 
 
 def _open_text(path):
@@ -355,7 +379,7 @@ def _documents(paths, text_column, separator, counts):
                     yield text
                 else:
                     counts["empty"] += 1
-        except (pa.ArrowException, OSError, csv.Error, json.JSONDecodeError, TypeError) as error:
+        except (pa.ArrowException, OSError, csv.Error, ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read near its document {number} ({error}): "
                              "repair it or leave it out") from error
 
@@ -461,10 +485,10 @@ def check_args(args):
         problems.append(f"--num-files must be at least 1, or -1 for all, got {args.num_files}")
     if args.num_workers < 1:
         problems.append(f"--num-workers must be at least 1, got {args.num_workers}")
-    if args.sources and args.prepare:
-        problems.append("--from and --prepare are two commands: run one after the other")
-    if args.name in (NAME, "tinyworld"):
-        problems.append(f"--name {args.name} is taken: choose another name for your own data")
+    if args.sources and (args.prepare or args.num_files != -1):
+        problems.append("--from is for your own files, --prepare and --num-files for hub data: leave one side out")
+    if args.name.strip() in ("", NAME, "tinyworld"):
+        problems.append(f"--name {args.name!r} is empty or taken: choose another name for your own data")
     return problems
 
 
@@ -481,9 +505,9 @@ def main(argv=None):
     else:
         wanted = MAX_SHARD if args.num_files == -1 else min(args.num_files, MAX_SHARD)
         missing = download_shards([MAX_SHARD, *range(wanted)], args.num_workers) + (prepare() if args.prepare else [])
-    print(f"validation shard: {read_manifest()['validation_shard']} in {get_base_dir()}")
     if missing:
         raise UserError(f"missing: {', '.join(missing)}; run the same command again, it continues where it stopped")
+    print(f"validation shard: {read_manifest()['validation_shard']} in {get_base_dir()}")
 
 
 if __name__ == "__main__":

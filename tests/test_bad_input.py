@@ -113,6 +113,14 @@ def no_text_column(base):
     pq.write_table(pa.table({"words": ["a"]}), shards(base)[0])
 
 
+def numbers_as_text(base):
+    write_texts(shards(base)[0], [1, 2])
+
+
+def stray_shard(base):
+    write_texts(base / "base_data" / "extra.parquet", ["of other data"])
+
+
 def cut_shard(base):
     cut(shards(base)[0])
 
@@ -128,6 +136,41 @@ def folder_as_shard(base):
 
 def cut_manifest(base):
     cut(base / "manifest.json")
+
+
+def foreign_manifest(base):
+    (base / "manifest.json").write_text('{"hello": 1}')
+
+
+def hub_rows_without_columns(base):
+    for path in base.glob("hub/allenai/ai2_arc/ARC-Easy/test/*.parquet"):
+        write_texts(path, ["a"])
+
+
+def cut_hub_rows(base):
+    for path in base.glob("hub/allenai/ai2_arc/ARC-Easy/test/*.parquet"):
+        cut(path)
+
+
+def latin_words(base):
+    (base / "words_alpha.txt").write_bytes(b"caf\xe9")
+
+
+def list_as_header(base):
+    (base / "report" / "header.json").write_text("[]")
+
+
+def list_as_section(base):
+    (base / "report" / "tokenizer-training.json").write_text("[]")
+
+
+def folder_as_report(base):
+    (base / "report" / "report.md").mkdir()
+
+
+def folder_as_tokenizer(base):
+    shutil.rmtree(base / "tokenizer")
+    (base / "tokenizer" / "tokenizer.json").mkdir(parents=True)
 
 
 def cut_tokenizer(base):
@@ -180,17 +223,28 @@ CHAT = "chat_sft chat_eval chat_cli"
 DAMAGES = [ # what is wrong, who meets it, what they say
     (no_shards, TRAINERS, "need at least two shards (one for validation)", "run `python -m nanochat.dataset -n 8`"),
     (one_shard, TRAINERS, "found 1:", "run `python -m nanochat.dataset -n 8`"),
-    (no_text_column, READERS, "shard_00000.parquet has no column 'text' but words", "--text-column NAME"),
+    (no_text_column, READERS, "shard_00000.parquet has no column 'text' of strings but words", "--text-column NAME"),
+    (numbers_as_text, "tok_train", "shard_00000.parquet has no column 'text' of strings but text (int64)", "--from"),
+    (stray_shard, "base_train", "extra.parquet in ", "is no shard of the data set tinyworld"),
     (cut_shard, READERS, "shard_00000.parquet is not a complete parquet file", "delete it"),
     (empty_file_as_shard, TRAINERS, "shard_00000.parquet is not a complete parquet file", "delete it"),
     (folder_as_shard, TRAINERS, "shard_00000.parquet is not a complete parquet file", "delete it"),
     (cut_manifest, "dataset generate base_train chat_eval", "manifest.json is not valid JSON", "delete it or restore"),
+    (foreign_manifest, "dataset tok_train report", "manifest.json must be a JSON object with proper name", "delete"),
+    (hub_rows_without_columns, "chat_eval", "lacks the columns question, ", "put its own parquet files in "),
+    (cut_hub_rows, "chat_eval", "holds a parquet file that cannot be read (", "delete the folder"),
+    (latin_words, "chat_eval", "words_alpha.txt holds 'caf\ufffd', which is not UTF-8", "delete it"),
+    (list_as_header, "report", "header.json must be a JSON object with proper run_id, started", "delete it"),
+    (list_as_section, "report", "tokenizer-training.json must be a JSON object with proper timestamp", "delete it"),
+    (folder_as_report, "report", "report.md: Is a directory", "move away what is in its place"),
+    (folder_as_tokenizer, "tok_train", "tokenizer.json: Is a directory", "move away what is in its place"),
     (cut_tokenizer, "tok_eval base_train", "tokenizer.json must hold a nanochat tokenizer", "tok_train"),
     (no_checkpoints, f"base_loss base_eval {CHAT}", "no complete", "run `python -m scripts."),
     (half_a_checkpoint, f"base_loss base_eval {CHAT}", "no complete", "`python -m scripts."),
     (altered_checkpoint, "resume base_loss base_eval chat_eval chat_cli", "is damaged", "train again"),
     (another_tokenizer, "resume base_loss base_eval chat_eval chat_cli", "tokenizer", "restore it, or choose"),
     (own_data, "dataset generate", "holds the data set own-data, not", "set NANOCHAT_BASE_DIR to another folder"),
+    (no_manifest, "dataset", "holds shards of unknown data", "set NANOCHAT_BASE_DIR to another folder"),
     (no_manifest, "generate", "holds shards of other data", "choose another --base-dir"),
     (bad_identity, "chat_sft", "identity_conversations.jsonl, line ", ": not valid JSON"),
 ]
@@ -214,7 +268,7 @@ def test_a_file_in_place_of_the_base_directory(command, tmp_path, monkeypatch, c
     for place in ("file", "file/below"):
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / place))
         line = error_of(command, tmp_path, capsys)
-        assert line.startswith(f"cannot make the base directory {tmp_path / place} (")
+        assert line.startswith(f"cannot use the base directory {tmp_path / place} (")
         assert line.endswith("set NANOCHAT_BASE_DIR to a folder you can write to")
 
 # -----------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Shards on disk: reading, the pinned validation shard, the downloader against a faulty server, own files."""
+import contextlib
 import gzip
 import json
 import os
@@ -113,6 +114,16 @@ def test_bad_data_gets_one_sentence_with_the_cure(base_dir):
         split_files("test")
 
 
+@pytest.mark.parametrize("name, kept", [("own", 0), ("fineweb-edu", 2)])
+def test_a_shard_that_the_manifest_does_not_list_is_refused_but_while_downloading(base_dir, name, kept):
+    make_shards(base_dir, "shard_00000.parquet", "shard_00001.parquet", "shard_00007.parquet")
+    files = {f"base_data/shard_0000{i}.parquet": {"size": 0, "sha256": ""} for i in (0, 1)}
+    claim_base_dir(name, False, "shard_00001.parquet", files)
+    refused = pytest.raises(ValueError, match="shard_00007.parquet in .* is no shard of the data set own, .*: move it")
+    with contextlib.nullcontext() if kept else refused:
+        assert len(split_files("train")) == kept
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet at all", "half"])
 def test_broken_files_are_named(tmp_path, content):
     path = tmp_path / "x.parquet"
@@ -124,8 +135,17 @@ def test_broken_files_are_named(tmp_path, content):
 
 def test_a_shard_without_text_lists_its_columns(tmp_path):
     pq.write_table(pa.table({"title": ["a"], "body": ["b"]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match="no column 'text' but title, body: .*--from FILE --text-column NAME"):
+    words = r"no column 'text' of strings but title \(string\), body \(string\): .*--from FILE --text-column NAME"
+    with pytest.raises(ValueError, match=words):
         num_row_groups(str(tmp_path / "x.parquet"))
+
+
+def test_strings_of_every_kind_are_text(tmp_path):
+    plain = pa.array(["a", None])
+    for i, column in enumerate([plain, plain.cast(pa.large_string()), plain.cast(pa.binary()),
+                                plain.dictionary_encode(), pa.nulls(2)]):
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{i}.parquet")
+        assert read_row_group(str(tmp_path / f"{i}.parquet"), 0) == ["a" if i < 4 else "", ""]
 
 # -----------------------------------------------------------------------------
 # Downloading
@@ -293,6 +313,21 @@ def test_real_shards_do_not_go_into_a_synthetic_directory(hub):
     assert hub.requests == []
 
 
+def test_shards_of_unknown_data_are_not_claimed(hub, base_dir):
+    make_shards(base_dir, "shard_00000.parquet")
+    with pytest.raises(UserError, match="holds shards of unknown data, .*: move its base_data away, or set NANO"):
+        main(["-n", "1"])
+    assert hub.requests == [] and read_manifest() is None
+
+
+def test_a_download_that_got_nothing_leaves_no_claim(hub, base_dir, shard_bytes):
+    hub.files.clear() # 404
+    with pytest.raises(UserError, match="missing: shard_01822.parquet, shard_00000.parquet"):
+        main(["-n", "1"])
+    assert list(base_dir.iterdir()) == []
+    claim_base_dir("own", False)
+
+
 def test_exit_codes(base_dir, tmp_path):
     def run(*args):
         environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -411,9 +446,9 @@ def test_empty_documents_and_invalid_utf8_are_counted(tmp_path, capsys):
 
 def test_columns_are_chosen_by_flag_or_named(tmp_path):
     (tmp_path / "x.csv").write_text("headline,story\nA,one\nB,two\nC\n")
-    with pytest.raises(ValueError, match="x.csv has no column 'text' but headline, story: say with --text-column"):
+    with pytest.raises(UserError, match="x.csv has no column 'text' but headline, story: say with --text-column"):
         build_shards([str(tmp_path / "x.csv")], "own")
-    with pytest.raises(ValueError, match="no column 'body' but headline, story"):
+    with pytest.raises(UserError, match="no column 'body' but headline, story"):
         build_shards([str(tmp_path / "x.csv")], "own", text_column="body")
     assert build_shards([str(tmp_path / "x.csv")], "own", text_column="story")["empty"] == 1
 
@@ -421,6 +456,9 @@ def test_columns_are_chosen_by_flag_or_named(tmp_path):
 @pytest.mark.parametrize("name, content, words", [
     ("x.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text"', r"x.jsonl cannot be read near its document 2 \("),
     ("x.jsonl", b'["a"]\n', "x.jsonl has no column 'text'|x.jsonl cannot be read"),
+    ("x.jsonl", b"{}\n", "x.jsonl has no column 'text' but an empty row: say with --text-column"),
+    ("x.jsonl", b"[" * 100_000, "x.jsonl cannot be read near its document 0 .maximum recursion depth"),
+    ("x.jsonl", b"9" * 5_000, "x.jsonl cannot be read near its document 0 .Exceeds the limit"),
     ("x.jsonl", b'{"text": 7}\n', "x.jsonl cannot be read near its document 1 .it holds a int, not text"),
     ("x.parquet", b"PAR1", "x.parquet cannot be read near its document 0"),
     ("x.txt.gz", gzip.compress(b"hello\n\n" * 999, mtime=0)[:-20], "x.txt.gz cannot be read near its document"),
@@ -433,7 +471,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path, base_dir, name, content, word
     (tmp_path / "in").mkdir()
     if name:
         (tmp_path / "in" / name).write_bytes(content)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, UserError), match=words):
         build_shards([str(tmp_path / "in" / name)], "own")
     assert not base_dir.exists() or list(base_dir.iterdir()) == []
 
@@ -446,9 +484,10 @@ def test_own_data_never_joins_other_data(tmp_path, base_dir):
     claim_base_dir("other", False)
     with pytest.raises(UserError, match="holds the data set other, not own"):
         build_shards([str(tmp_path / "x.txt")], "own")
-    with pytest.raises(SystemExit) as error:
-        main(["--from", str(tmp_path / "x.txt"), "--name", "tinyworld"])
-    assert error.value.code == 2
+    for flags in (["--name", "tinyworld"], ["--name", ""], ["-n", "2"]):
+        with pytest.raises(SystemExit) as error:
+            main(["--from", str(tmp_path / "x.txt"), *flags])
+        assert error.value.code == 2
 
 
 @pytest.mark.slow
