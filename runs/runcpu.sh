@@ -21,8 +21,10 @@ source runs/setup.sh            # .venv and dependencies: the one place for it
 stage report-reset python -m nanochat.report reset
 
 if [[ "$DATA" == tinyworld ]]; then
+    examples=-1 problems=1000 # per evaluation: all that there are
     stage data python -m dev.tinyworld.generate --facts "${FACTS:-3000}"
 else
+    examples=16 problems=64   # all of the real benchmarks would take hours on a CPU
     stage data python -m nanochat.dataset -n "${SHARDS:-2}"
 fi
 
@@ -31,29 +33,23 @@ stage tokenizer-eval python -m scripts.tok_eval
 
 stage base-train python -m scripts.base_train --run="$WANDB_RUN" --resume --seed="${SEED:-42}" \
     --depth="$DEPTH" --model-tag="$TAG" --head-dim=64 --max-seq-len=256 --window-pattern=L \
-    --device-batch-size=16 --total-batch-size=8192 --num-iterations="${BASE_STEPS:-550}" \
-    --matrix-lr=0.16 --embedding-lr=2.4 --unembedding-lr=0.032 \
-    --eval-every=100 --eval-tokens=65536 --core-metric-every=-1 --sample-every=100 --save-every=100
-stage base-loss python -m scripts.base_loss --model-tag="$TAG" --device-batch-size=16 --split-tokens=131072
-if [[ "$DATA" == tinyworld ]]; then
-    stage base-eval python -m scripts.base_eval --model-tag="$TAG"
-else
-    stage base-eval python -m scripts.base_eval --model-tag="$TAG" --max-per-task=16 # all of it takes hours on a CPU
-fi
+    --device-batch-size=16 --total-batch-size=4096 --num-iterations="${BASE_STEPS:-900}" \
+    --matrix-lr=0.226 --embedding-lr=3.39 --unembedding-lr=0.045 --scalar-lr=0.7 \
+    --eval-every=225 --eval-tokens=65536 --core-metric-every=-1 --sample-every=225 --save-every=225
+stage base-loss python -m scripts.base_loss --model-tag="$TAG" --device-batch-size=16 --split-tokens=65536
+stage base-eval python -m scripts.base_eval --model-tag="$TAG" --max-per-task="$examples"
 
-if [[ "$DATA" == tinyworld ]]; then
-    stage sft python -m scripts.chat_sft --run="$WANDB_RUN" --source=base --model-tag="$TAG" --resume --device-batch-size=16 \
-        --target-examples-per-step=64 --init-lr-frac=0.3 --eval-every=100 --eval-steps=5 --eval-metrics-every=-1 --save-every=100
-    stage chat-eval python -m scripts.chat_eval --source=sft --model-tag="$TAG" --batch-size=16 --max-new-tokens=96
-fi
+stage sft python -m scripts.chat_sft --run="$WANDB_RUN" --source=base --model-tag="$TAG" --resume --device-batch-size=16 \
+    --target-examples-per-step=64 --init-lr-frac=0.3 --eval-every=100 --eval-steps=5 --eval-metrics-every=-1 --save-every=100 \
+    --allow-missing-identity
+stage chat-eval python -m scripts.chat_eval --source=sft --model-tag="$TAG" --batch-size=16 --max-new-tokens=96 \
+    --max-problems="$problems"
 stage report python -m nanochat.report generate
 
-if [[ "$DATA" == tinyworld ]]; then
-    for question in "What is the capital of France?" "Can you tell me the opposite of hot?" "Who will win the lottery tomorrow?"; do
-        echo
-        echo "User: $question"
-        python -m scripts.chat_cli --source=sft --model-tag="$TAG" --temperature=0 --prompt="$question"
-    done
+for question in "What is the capital of France?" "Can you tell me the opposite of hot?" "Who will win the lottery tomorrow?"; do
     echo
-    echo "Talk to it yourself: source .venv/bin/activate; export NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR; python -m scripts.chat_cli"
-fi
+    echo "User: $question"
+    python -m scripts.chat_cli --source=sft --model-tag="$TAG" --temperature=0 --prompt="$question"
+done
+echo
+echo "Talk to it yourself: source .venv/bin/activate; export NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR; python -m scripts.chat_cli"

@@ -5,13 +5,14 @@ The three held-out rules are checked on the written files, with maskings and cou
 """
 import json
 import re
+from itertools import islice
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from dev.tinyworld import facts, generate, stories
+from dev.tinyworld import exercises, facts, generate, prose, stories
 from dev.tinyworld.conversations import TALK
 from nanochat.common import UserError, claim_base_dir, file_sha256
 from tasks.customjson import CustomJSON
@@ -300,6 +301,30 @@ def test_words_and_spellings_of_training(small):
     assert len(words) > 2000 and len(set(words)) == len(words) and all(re.fullmatch("[a-z]+", word) for word in words)
     spellings = re.findall(r"^(\w+):((?:\w,)+\w)$", "\n".join(texts(small)), re.MULTILINE)
     assert spellings and all(letters.replace(",", "") == word for word, letters in spellings)
+
+
+
+def test_what_is_said_again_is_the_same():
+    rng = facts.World(40, seed=3).rng("again")
+    for text in islice(exercises.repeat_documents(3, rng), 100):
+        assert len(set(text.splitlines())) == 1 and text.count("\n") in (1, 2)
+    for text in islice(exercises.pair_documents(rng), 300): # a key may have one value alone
+        bare = [pair.split() for pair in re.split("[,;] ", text)] if re.search("[,;]", text) else []
+        assert len({tuple(pair) for pair in bare}) == len({key for key, _ in bare}) < max(1, len(bare))
+
+
+def test_multiple_choice_in_the_text_is_right_and_asks_about_no_prose_only_fact():
+    world = facts.World(400, seed=3)
+    answers = {fact.say(question): fact.y for fact in world.open for question in fact.relation.questions}
+    letters = set()
+    for text in islice(prose.choice_documents(world, world.rng("choices")), 400):
+        options = {letter: value for value, letter in re.findall(r"^- (.+)=([A-D])$", text, re.MULTILINE)}
+        asked = re.findall(r"^Question: (.+)\nAnswer: ([A-D])$", text, re.MULTILINE)
+        if text.startswith("Multiple Choice question: "):
+            asked = [(text.splitlines()[0].removeprefix("Multiple Choice question: "), text[-1])]
+        assert len(options) == 4 and asked and all(options[letter] == answers[question] for question, letter in asked)
+        letters.update(letter for _, letter in asked)
+    assert letters == set("ABCD")
 
 # -----------------------------------------------------------------------------
 # The task

@@ -63,7 +63,7 @@ class Talker:
         text, queries = stories.tell(self.rng)
         turns = [turn for query in queries for turn in (query.question(self.split, self.rng), query.answer())]
         turns[0] = f"{text} {turns[0]}"
-        return messages(*(turns if self.rng.random() < 0.5 else turns[:2]))
+        return messages(*(turns if self.rng.random() < 0.8 else turns[:2]))
 
     def list(self):
         slots = list_slots(self.rng.choice(LISTS["lists"]))

@@ -10,7 +10,8 @@ import operator
 from .facts import DATA_DIR, HELD_OUT, fraction, load_data, sentence
 
 DATA = load_data("numbers.json")
-NAMES = load_data("stories.json")["names"]
+STORY_WORDS = load_data("stories.json")
+NAMES = STORY_WORDS["names"]
 SPELLING = load_data("talk.json")["spelling"]
 SMALL = 100 # up to here arithmetic is learned by heart
 SIGNS = {"plus": "+", "minus": "-", "times": "*"}
@@ -108,15 +109,40 @@ def invented_word(words, rng):
 
 def spelling_documents(seed, rng):
     """Endless stream of spelled words, every training word equally often, and among them invented ones."""
-    asked, deck = [(f"{phrasing} {{s}}", "\n") for phrasing in SPELLING["train"]], []
+    told = "The word {w} is spelled {l}."
+    asked, deck = [(f"{phrasing} {told}", "\n") for phrasing in SPELLING["train"]], []
     words, hidden = split_words(seed)
     while True:
         if len(deck) < 8:
             deck = rng.sample(words, len(words))
         batch = [deck.pop() if rng.random() < 0.5 else invented_word(words, rng) for _ in range(rng.randint(4, 8))]
         batch = [word for word in batch if word not in hidden]
-        form, gap = rng.choice((("{s}", "\n"), ("The word {w} is spelled {l}.", " "), rng.choice(asked)))
+        form, gap = rng.choice((("{s}", "\n"), (told, " "), rng.choice(asked)))
         yield gap.join(form.format(w=word, s=spelled(word), l=",".join(word)) for word in batch)
+
+
+def pair_documents(rng):
+    """
+    Endless stream of pairs, bare or in sentences, said again in another order: the first lesson in looking back.
+
+    The value of a bare pair follows its key directly, which is found out within a hundred steps, and is the bridge to
+    values that follow some words later, in sentences and stories, which alone are hardly learned at all.
+    """
+    while True:
+        keys, values, form = rng.choice(DATA["pairs"])
+        form, gap = ("{k} {v}", rng.choice((", ", "; "))) if rng.random() < 0.6 else (form, rng.choice(" \n"))
+        chosen = rng.sample(STORY_WORDS[keys], rng.randint(2, 6))
+        said = [form.format(k=key, v=rng.choice(STORY_WORDS[values])) for key in chosen]
+        yield gap.join(line for _ in range(rng.randint(2, 4)) for line in rng.sample(said, len(said)))
+
+
+def repeat_documents(seed, rng):
+    """Endless stream of words and numbers that are said again in the same order: teaches to copy them exactly."""
+    words, _ = split_words(seed)
+    while True:
+        numbers = rng.choices(range(SMALL + 1, 9999), k=rng.randint(2, 6))
+        items = rng.sample(words, rng.randint(1, 6)) + [n for n in numbers if right_side(n, seed, "train")]
+        yield "\n".join([" ".join(map(str, items))] * rng.randint(2, 3))
 
 
 def misspellings(word, rng):

@@ -20,18 +20,22 @@ from .conversations import Talker, as_json, talk_documents
 from .facts import World, load_data
 
 DOCUMENTS = { # kind: share of the pretraining documents, and the endless stream of them
-    "facts": (0.48, lambda world, rng: prose.fact_documents(world, rng, stories.DATA["names"])),
-    "choices": (0.08, prose.choice_documents),
+    "facts": (0.35, lambda world, rng: prose.fact_documents(world, rng, stories.DATA["names"])),
+    "choices": (0.03, prose.choice_documents),
     "lists": (0.02, lambda world, rng: prose.list_documents(rng)),
-    "stories": (0.18, lambda world, rng: stories.story_documents(rng)),
+    "stories": (0.24, lambda world, rng: stories.story_documents(rng)),
     "equations": (0.02, lambda world, rng: exercises.equation_documents(rng)),
     "small sums": (0.02, lambda world, rng: exercises.small_documents(rng)),
-    "expressions": (0.06, lambda world, rng: exercises.expression_documents(rng, world.seed)),
-    "spelling": (0.09, lambda world, rng: exercises.spelling_documents(world.seed, rng)),
+    "expressions": (0.05, lambda world, rng: exercises.expression_documents(rng, world.seed)),
+    "spelling": (0.08, lambda world, rng: exercises.spelling_documents(world.seed, rng)),
+    "pairs": (0.12, lambda world, rng: exercises.pair_documents(rng)),
+    "repeats": (0.02, lambda world, rng: exercises.repeat_documents(world.seed, rng)),
     "talk": (0.05, lambda world, rng: talk_documents(Talker(world, world.open, "train", rng)))}
+LESSONS = ("pairs", "stories") # kinds that come first
+ALONE = 0.18 # share of all documents up to which nothing else comes
 CONVERSATION_WEIGHTS = { # share of the rows of the SmolTalk stand-in
-    "fact": 0.46, "follow_up": 0.15, "story": 0.14, "list": 0.03, "small_talk": 0.05,
-    "memory": 0.03, "unknown": 0.14}
+    "fact": 0.43, "follow_up": 0.13, "story": 0.18, "list": 0.02, "small_talk": 0.05,
+    "memory": 0.04, "unknown": 0.15}
 HELDOUT_WEIGHTS = {"fact": 0.6, "story": 0.2, "list": 0.05, "unknown": 0.15} # the same for its test rows
 ROWS = { # of the other stand-ins
     "arc": {"train": 800, "validation": 100, "test": 200}, "mmlu": {"test": 200, "validation": 100, "dev": 50},
@@ -40,7 +44,7 @@ ROWS = { # of the other stand-ins
 PER_FACT = {"documents": 22, "conversations": 7} # defaults of the flags
 LEAST = {"facts": 40, "documents": 100, "conversations": 100, "questions": 20}
 SHARDS = 4 # for training; one more is for validation
-ROW_GROUP = 64 # small, so that several lanes (ranks) find row groups even in a small world
+ROW_GROUP, ROW_GROUPS = 64, 8 # most rows, fewest groups of a file: several lanes (ranks) find some
 
 
 def build_parser():
@@ -83,7 +87,8 @@ class Folder:
         import pyarrow as pa
         import pyarrow.parquet as pq
         sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=ROW_GROUP, use_dictionary=False,
+        size = min(ROW_GROUP, -(-len(rows) // ROW_GROUPS))
+        pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=size, use_dictionary=False,
                        compression="zstd", compression_level=3, write_statistics=False)
         self.write(name, sink.getvalue())
 
@@ -92,18 +97,37 @@ class Folder:
         self.parquet(f"hub/{name}/{subset}/{split}/{split}-00000-of-00001.parquet", rows)
 
 
+def place_lesson(chance, alone):
+    """The place in [0, 1] of a lesson: of all of them a share `alone` comes first, the others grow slowly rarer."""
+    if chance < alone:
+        return ALONE * chance / alone
+    return ALONE + (1 - ALONE) * ((chance - alone) / (1 - alone)) ** 1.5
+
+
 def documents(world, count):
-    """About `count` pretraining documents in random order, in the proportions of DOCUMENTS."""
-    texts, total = [], sum(share for share, _ in DOCUMENTS.values())
+    """
+    About `count` pretraining documents in the proportions of DOCUMENTS, in an order that teaches looking back.
+
+    First come pairs and stories alone: a small model learns from them within a hundred steps to find in a text what a
+    question asks for, and from the same documents spread evenly not at all. Then they grow rarer, not too fast: below
+    a quarter of the documents the new skill is forgotten while the facts are learned.
+    """
+    rng, placed, total = world.rng("order"), [], sum(share for share, _ in DOCUMENTS.values())
+    alone = ALONE * total / sum(DOCUMENTS[kind][0] for kind in LESSONS)
     for kind, (share, stream) in DOCUMENTS.items():
-        texts += islice(stream(world, world.rng("documents", kind)), round(count * share / total))
-    return world.rng("order").sample(texts, len(texts))
+        for text in islice(stream(world, world.rng("documents", kind)), round(count * share / total)):
+            place = rng.random()
+            placed.append((place_lesson(place, alone) if kind in LESSONS else ALONE + (1 - ALONE) * place, text))
+    return [text for _, text in sorted(placed)]
 
 
-def write_documents(folder, texts):
-    """Write the training shards and the validation shard (a thirtieth of all); returns the latter's name."""
-    held = max(20, len(texts) // 30)
-    for number, piece in enumerate([*(texts[held + first::SHARDS] for first in range(SHARDS)), texts[:held]]):
+def write_documents(folder, world, texts):
+    """Write the training shards and the validation shard (a thirtieth of all, shuffled); returns the latter's name."""
+    every = min(30, len(texts) // 20)
+    held, kept = texts[::every], [text for number, text in enumerate(texts) if number % every]
+    size = -(-len(kept) // SHARDS)
+    for number, piece in enumerate([*(kept[first:first + size] for first in range(0, len(kept), size)),
+                                    world.rng("validation").sample(held, len(held))]):
         folder.parquet(f"base_data/shard_{number:05d}.parquet", [{"text": text} for text in piece])
     return f"shard_{SHARDS:05d}.parquet"
 
@@ -152,7 +176,7 @@ def generate(args):
     texts = documents(world, sizes["documents"])
     spoken = set(" ".join(texts).lower().replace(".", " ").split())
     hidden_words = [word for word in hidden_words if word not in spoken] # a common word is one token, never spelled out
-    shard = write_documents(folder, texts)
+    shard = write_documents(folder, world, texts)
     write_bundle(folder, heldout.core_tasks(world, ROWS["core"], hidden_words))
     write_hub(folder, world, sizes["conversations"], args.questions, words, hidden_words)
     folder.lines("words_alpha.txt", words)

@@ -58,7 +58,8 @@ def arithmetic_row(world, rng, split):
 
 def spelling_row(word, rng, split):
     answer, question = exercises.spelled(word), rng.choice(exercises.SPELLING[split]).format(w=word)
-    return row("spelling", question, answer, [answer], exercises.misspellings(word, rng), [], rng)
+    reference = f"The word {word} is spelled {','.join(word)}."
+    return row("spelling", question, reference, [answer], exercises.misspellings(word, rng), [], rng)
 
 
 def story_row(rng):
