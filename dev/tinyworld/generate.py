@@ -20,22 +20,21 @@ from .conversations import Talker, as_json, talk_documents
 from .facts import World, load_data
 
 DOCUMENTS = { # kind: share of the pretraining documents, and the endless stream of them
-    "facts": (0.35, lambda world, rng: prose.fact_documents(world, rng, stories.DATA["names"])),
+    "facts": (0.33, lambda world, rng: prose.fact_documents(world, rng, stories.DATA["names"])),
     "choices": (0.03, prose.choice_documents),
     "lists": (0.02, lambda world, rng: prose.list_documents(rng)),
-    "stories": (0.24, lambda world, rng: stories.story_documents(rng)),
+    "stories": (0.23, lambda world, rng: stories.story_documents(rng)),
     "equations": (0.02, lambda world, rng: exercises.equation_documents(rng)),
     "small sums": (0.02, lambda world, rng: exercises.small_documents(rng)),
     "expressions": (0.05, lambda world, rng: exercises.expression_documents(rng, world.seed)),
     "spelling": (0.08, lambda world, rng: exercises.spelling_documents(world.seed, rng)),
-    "pairs": (0.12, lambda world, rng: exercises.pair_documents(rng)),
+    "pairs": (0.14, lambda world, rng: exercises.pair_documents(rng)),
     "repeats": (0.02, lambda world, rng: exercises.repeat_documents(world.seed, rng)),
-    "talk": (0.05, lambda world, rng: talk_documents(Talker(world, world.open, "train", rng)))}
-LESSONS = ("pairs", "stories") # kinds that come first
-ALONE = 0.18 # share of all documents up to which nothing else comes
+    "talk": (0.06, lambda world, rng: talk_documents(Talker(world, world.open, "train", rng)))}
+FIRST = {"pairs": 0.85, "stories": 0.4} # the lessons in looking back: the share of each that comes before all else
 CONVERSATION_WEIGHTS = { # share of the rows of the SmolTalk stand-in
-    "fact": 0.43, "follow_up": 0.13, "story": 0.18, "list": 0.02, "small_talk": 0.05,
-    "memory": 0.04, "unknown": 0.15}
+    "fact": 0.41, "follow_up": 0.11, "story": 0.17, "list": 0.02, "small_talk": 0.04,
+    "memory": 0.03, "unknown": 0.22}
 HELDOUT_WEIGHTS = {"fact": 0.6, "story": 0.2, "list": 0.05, "unknown": 0.15} # the same for its test rows
 ROWS = { # of the other stand-ins
     "arc": {"train": 800, "validation": 100, "test": 200}, "mmlu": {"test": 200, "validation": 100, "dev": 50},
@@ -97,28 +96,20 @@ class Folder:
         self.parquet(f"hub/{name}/{subset}/{split}/{split}-00000-of-00001.parquet", rows)
 
 
-def place_lesson(chance, alone):
-    """The place in [0, 1] of a lesson: of all of them a share `alone` comes first, the others grow slowly rarer."""
-    if chance < alone:
-        return ALONE * chance / alone
-    return ALONE + (1 - ALONE) * ((chance - alone) / (1 - alone)) ** 1.5
-
-
 def documents(world, count):
     """
     About `count` pretraining documents in the proportions of DOCUMENTS, in an order that teaches looking back.
 
-    First come pairs and stories alone: a small model learns from them within a hundred steps to find in a text what a
-    question asks for, and from the same documents spread evenly not at all. Then they grow rarer, not too fast: below
-    a quarter of the documents the new skill is forgotten while the facts are learned.
+    First come pairs and stories alone, half and half: a small model learns from them in 100 to 150 steps to find in a
+    text what a question asks for, and from the same documents spread evenly not at all. Then they grow rarer, not too
+    fast: the new skill is easily forgotten while the facts are learned.
     """
     rng, placed, total = world.rng("order"), [], sum(share for share, _ in DOCUMENTS.values())
-    alone = ALONE * total / sum(DOCUMENTS[kind][0] for kind in LESSONS)
     for kind, (share, stream) in DOCUMENTS.items():
         for text in islice(stream(world, world.rng("documents", kind)), round(count * share / total)):
-            place = rng.random()
-            placed.append((place_lesson(place, alone) if kind in LESSONS else ALONE + (1 - ALONE) * place, text))
-    return [text for _, text in sorted(placed)]
+            is_first, place = rng.random() < FIRST.get(kind, 0), rng.random()
+            placed.append((not is_first, place**1.5 if kind in FIRST else place, text))
+    return [text for _, _, text in sorted(placed)]
 
 
 def write_documents(folder, world, texts):
