@@ -43,6 +43,8 @@ def checkpoint_dir(source, tag=""):
     """Folder of one run: ("base", "d12") gives <base>/base_checkpoints/d12. Without a tag, of all runs of the stage."""
     if source not in STAGE_DIRS:
         raise ValueError(f"the source of a checkpoint must be one of {', '.join(STAGE_DIRS)}, got {source!r}")
+    if tag and (tag in (".", "..") or os.path.basename(tag) != tag): # it may be overwritten: never a folder elsewhere
+        raise UserError(f"--model-tag must be a plain name such as d12, without a path, got {tag!r}")
     return os.path.join(get_base_dir(), *filter(None, (STAGE_DIRS[source], tag)))
 
 

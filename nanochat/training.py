@@ -288,6 +288,13 @@ def try_evaluation(name, evaluate):
     return None if num_failed else result
 
 
+def number_problems(args):
+    """The flags that torch could not make sense of, as sentences: numbers that are not finite, seeds out of range."""
+    problems = [f"--{name.replace('_', '-')} must be a finite number, got {value}"
+                for name, value in vars(args).items() if isinstance(value, float) and not math.isfinite(value)]
+    return problems + [f"--seed must be at least 0 and below 2^63, got {args.seed}"] * (not 0 <= args.seed < 2**63)
+
+
 def refuse_changes(saved, now, keys):
     """Raise ValueError naming each of `keys` whose value differs between two dicts of flags."""
     changed = [f"--{key.replace('_', '-')} was {saved[key]!r}, is {now[key]!r}"

@@ -33,8 +33,8 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
 from nanochat.tokenizer import get_tokenizer, token_bytes_of
 from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, check_loss, check_weights,
-                               compile_model, grad_accum_steps, is_due, lr_multiplier, muon_momentum, refuse_changes,
-                               sample_prompts, set_schedule, training_horizon, try_evaluation)
+                               compile_model, grad_accum_steps, is_due, lr_multiplier, muon_momentum, number_problems,
+                               refuse_changes, sample_prompts, set_schedule, training_horizon, try_evaluation)
 
 # Flags that change the mathematics of a run: a resumed run must have the saved values.
 FIXED_ON_RESUME = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "num_iterations",
@@ -100,6 +100,7 @@ def check_args(args):
                 for name in positive if getattr(args, name) < 1]
     if not problems:
         problems += config_problems(args)
+    problems += number_problems(args)
     if max(args.num_iterations, args.target_flops, args.target_param_data_ratio) <= 0:
         problems.append("one of --num-iterations, --target-flops, --target-param-data-ratio must be positive")
     if args.resume and args.overwrite:

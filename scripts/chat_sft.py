@@ -34,7 +34,7 @@ from nanochat.gpt import Block
 from nanochat.report import get_report
 from nanochat.task_eval import evaluate_categorical
 from nanochat.training import (MetricsLog, Stop, accumulate, check_loss, check_weights, compile_model, is_due,
-                               lr_multiplier, refuse_changes, set_schedule, try_evaluation)
+                               lr_multiplier, number_problems, refuse_changes, set_schedule, try_evaluation)
 from tasks.arc import ARC
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
@@ -95,6 +95,7 @@ def check_args(args):
                 for name in positive if getattr(args, name) < 1]
     problems += [f"--{name.replace('_', '-')} must be at least 1, or -1, got {getattr(args, name)}"
                  for name in ("num_iterations", "max_seq_len") if getattr(args, name) < 1 and getattr(args, name) != -1]
+    problems += number_problems(args)
     return problems + ["--resume and --overwrite exclude each other"] * (args.resume and args.overwrite)
 
 

@@ -529,3 +529,9 @@ def test_a_parent_that_was_trained_since_is_noticed(base, tokenizer):
             cm.check_parent(parent, step)
     del parent["files"] # of an older run
     cm.check_parent(parent)
+
+
+@pytest.mark.parametrize("tag", ["../base_checkpoints/d12", "/elsewhere", "..", "a/b"])
+def test_a_tag_never_leads_out_of_the_folder_of_its_stage(tag):
+    with pytest.raises(UserError, match="--model-tag must be a plain name"):
+        cm.checkpoint_dir("sft", tag)
