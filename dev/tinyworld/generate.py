@@ -20,7 +20,7 @@ from .conversations import Talker, as_json, talk_documents
 from .facts import World, load_data
 
 DOCUMENTS = { # kind: share of the pretraining documents, and the endless stream of them
-    "facts": (0.33, lambda world, rng: prose.fact_documents(world, rng, stories.DATA["names"])),
+    "facts": (0.34, lambda world, rng: prose.fact_documents(world, rng, stories.DATA["names"])),
     "choices": (0.03, prose.choice_documents),
     "lists": (0.02, lambda world, rng: prose.list_documents(rng)),
     "stories": (0.23, lambda world, rng: stories.story_documents(rng)),
@@ -30,11 +30,11 @@ DOCUMENTS = { # kind: share of the pretraining documents, and the endless stream
     "spelling": (0.08, lambda world, rng: exercises.spelling_documents(world.seed, rng)),
     "pairs": (0.14, lambda world, rng: exercises.pair_documents(rng)),
     "repeats": (0.02, lambda world, rng: exercises.repeat_documents(world.seed, rng)),
-    "talk": (0.06, lambda world, rng: talk_documents(Talker(world, world.open, "train", rng)))}
+    "talk": (0.05, lambda world, rng: talk_documents(Talker(world, world.open, "train", rng)))}
 FIRST = {"pairs": 0.85, "stories": 0.4} # the lessons in looking back: the share of each that comes before all else
 CONVERSATION_WEIGHTS = { # share of the rows of the SmolTalk stand-in
-    "fact": 0.41, "follow_up": 0.11, "story": 0.17, "list": 0.02, "small_talk": 0.04,
-    "memory": 0.03, "unknown": 0.22}
+    "fact": 0.43, "follow_up": 0.13, "story": 0.18, "list": 0.02, "small_talk": 0.05,
+    "memory": 0.04, "unknown": 0.15}
 HELDOUT_WEIGHTS = {"fact": 0.6, "story": 0.2, "list": 0.05, "unknown": 0.15} # the same for its test rows
 ROWS = { # of the other stand-ins
     "arc": {"train": 800, "validation": 100, "test": 200}, "mmlu": {"test": 200, "validation": 100, "dev": 50},
