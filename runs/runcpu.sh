@@ -21,10 +21,10 @@ source runs/setup.sh            # .venv and dependencies: the one place for it
 stage report-reset python -m nanochat.report reset
 
 if [[ "$DATA" == tinyworld ]]; then
-    examples=-1 problems=1000 # per evaluation: all that there are
+    examples=-1 problems=1000 missing_identity="" # per evaluation: all that there are
     stage data python -m dev.tinyworld.generate --facts "${FACTS:-3000}"
 else
-    examples=16 problems=64   # all of the real benchmarks would take hours on a CPU
+    examples=16 problems=64 missing_identity=yes  # all of the real benchmarks would take hours on a CPU
     stage data python -m nanochat.dataset -n "${SHARDS:-2}"
 fi
 
@@ -41,7 +41,7 @@ stage base-eval python -m scripts.base_eval --model-tag="$TAG" --max-per-task="$
 
 stage sft python -m scripts.chat_sft --run="$WANDB_RUN" --source=base --model-tag="$TAG" --resume --device-batch-size=16 \
     --target-examples-per-step=64 --init-lr-frac=0.3 --eval-every=100 --eval-steps=5 --eval-metrics-every=-1 --save-every=100 \
-    --allow-missing-identity
+    ${missing_identity:+--allow-missing-identity}
 stage chat-eval python -m scripts.chat_eval --source=sft --model-tag="$TAG" --batch-size=16 --max-new-tokens=96 \
     --max-problems="$problems"
 stage report python -m nanochat.report generate

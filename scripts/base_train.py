@@ -269,6 +269,7 @@ def print_step(run, step, num_steps, loss, multiplier, seconds):
 def train(run, batches, num_steps, accum_steps):
     """The whole of training on one page. Returns the metrics of the last evaluation."""
     args, model, optimizer, compute = run.args, run.model, run.optimizer, run.compute
+    batches = itertools.chain([next(batches)], batches) # read now: bad data must be told before anything is deleted
     if args.overwrite and compute.is_master: # only now that all else is known to be right
         delete_steps(run.folder, after=run.saved_step)
     run.log = MetricsLog(run.folder, run.saved_step or 0, enabled=compute.is_master)

@@ -243,10 +243,11 @@ def save(run, step):
 def train(run):
     """The whole of training on one page: exactly num_steps updates. Returns the metrics of the last evaluation."""
     compute, num_steps = run.compute, run.num_steps
+    batches = run.steps(run.train_task, run.data_state)
+    batches = itertools.chain([next(batches)], batches) # read now: bad data must be told before anything is deleted
     if run.args.overwrite and compute.is_master: # only now that all else is known to be right
         delete_steps(run.folder)
     run.log = MetricsLog(run.folder, run.saved_step or 0, enabled=compute.is_master)
-    batches = run.steps(run.train_task, run.data_state)
     with Stop() as stop:
         for step in range(run.saved_step or 0, num_steps + 1): # one more than the updates, to save and evaluate the end
             last_step, stopped = step == num_steps, stop.requested(compute)

@@ -8,11 +8,12 @@ and words_alpha.txt, the list that other spelling tasks read, leaves them out.
 import operator
 
 from .facts import DATA_DIR, HELD_OUT, fraction, load_data, sentence
+from .stories import DATA as STORY_WORDS
 
 DATA = load_data("numbers.json")
-STORY_WORDS = load_data("stories.json")
 NAMES = STORY_WORDS["names"]
 SPELLING = load_data("talk.json")["spelling"]
+SPELLED = "The word {w} is spelled {l}." # names the word by the tokens that the question has, which are easy to copy
 SMALL = 100 # up to here arithmetic is learned by heart
 SIGNS = {"plus": "+", "minus": "-", "times": "*"}
 COMPUTE = {"plus": operator.add, "minus": operator.sub, "times": operator.mul}
@@ -109,15 +110,14 @@ def invented_word(words, rng):
 
 def spelling_documents(seed, rng):
     """Endless stream of spelled words, every training word equally often, and among them invented ones."""
-    told = "The word {w} is spelled {l}."
-    asked, deck = [(f"{phrasing} {told}", "\n") for phrasing in SPELLING["train"]], []
+    asked, deck = [(f"{phrasing} {SPELLED}", "\n") for phrasing in SPELLING["train"]], []
     words, hidden = split_words(seed)
     while True:
         if len(deck) < 8:
             deck = rng.sample(words, len(words))
         batch = [deck.pop() if rng.random() < 0.5 else invented_word(words, rng) for _ in range(rng.randint(4, 8))]
         batch = [word for word in batch if word not in hidden]
-        form, gap = rng.choice((("{s}", "\n"), (told, " "), rng.choice(asked)))
+        form, gap = rng.choice((("{s}", "\n"), (SPELLED, " "), rng.choice(asked)))
         yield gap.join(form.format(w=word, s=spelled(word), l=",".join(word)) for word in batch)
 
 

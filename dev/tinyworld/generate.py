@@ -100,9 +100,9 @@ def documents(world, count):
     """
     About `count` pretraining documents in the proportions of DOCUMENTS, in an order that teaches looking back.
 
-    First come pairs and stories alone, half and half: a small model learns from them in 100 to 150 steps to find in a
-    text what a question asks for, and from the same documents spread evenly not at all. Then they grow rarer, not too
-    fast: the new skill is easily forgotten while the facts are learned.
+    First come pairs and stories alone, more pairs than stories: a small model learns from them in 100 to 150 steps to
+    find in a text what a question asks for, and from the same documents spread evenly not at all. Then they grow
+    rarer, not too fast: the new skill is easily forgotten while the facts are learned.
     """
     rng, placed, total = world.rng("order"), [], sum(share for share, _ in DOCUMENTS.values())
     for kind, (share, stream) in DOCUMENTS.items():

@@ -58,7 +58,7 @@ def arithmetic_row(world, rng, split):
 
 def spelling_row(word, rng, split):
     answer, question = exercises.spelled(word), rng.choice(exercises.SPELLING[split]).format(w=word)
-    reference = f"The word {word} is spelled {','.join(word)}."
+    reference = exercises.SPELLED.format(w=word, l=",".join(word))
     return row("spelling", question, reference, [answer], exercises.misspellings(word, rng), [], rng)
 
 
