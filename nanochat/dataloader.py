@@ -18,8 +18,10 @@ import bisect
 import collections
 import functools
 import hashlib
+import itertools
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -374,25 +376,29 @@ def pack_whole(pieces, capacity):
     return rows
 
 
-def rows_to_tensors(rows, T, pad_id):
-    """Packed rows to inputs, targets (R, T) int64; targets are -1 where the target is not supervised or padding."""
+def rows_to_tensors(rows, T, pad_id, learn_all=False):
+    """
+    Packed rows to inputs, targets (R, T) int64; targets are -1 on padding and, unless `learn_all`, where the mask is 0.
+    """
     tokens, learn = np.full((len(rows), T + 1), pad_id, dtype=np.int64), np.zeros((len(rows), T + 1), dtype=bool)
     for r, row in enumerate(rows):
         ids, mask = ([value for piece in row for value in piece[part]] for part in (0, 1))
-        tokens[r, :len(ids)], learn[r, :len(ids)] = ids, mask
+        tokens[r, :len(ids)], learn[r, :len(ids)] = ids, learn_all or mask
     targets = np.where(learn[:, 1:], tokens[:, 1:], -1)
     return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets)
 
 
-def conversation_steps(tokenizer, task, T, conversations_per_step, pad_id, seed, rank=0, world_size=1,
-                       resume_state_dict=None):
+def conversation_steps(tokenizer, task, T, pad_id, seed, rank=0, world_size=1, resume_state_dict=None,
+                       conversations_per_step=None, rows_per_step=None, learn_all=False):
     """
-    Endless ((inputs, targets), state), one for each optimizer step, of the next `conversations_per_step` conversations.
+    Endless ((inputs, targets), state), one for each optimizer step.
 
-    An epoch takes every conversation of `task` once, in an order drawn from (seed, epoch); steps run on over its end.
-    The rows of a step depend on the data and the seed alone; row r goes to rank r mod `world_size`, so a rank may
-    have none. A step without a supervised token is passed over.
-    inputs, targets  (R, T) int64 on the CPU; targets are -1 where there is nothing to learn
+    A step has the next `conversations_per_step` conversations, or as many as fit into `rows_per_step` rows (at least
+    one). An epoch takes every conversation of `task` once, in an order drawn from (seed, epoch); steps run on over its
+    end. The rows of a step depend on the data and the seed alone; row r goes to rank r mod `world_size`, so a rank may
+    have none. A step without a row is passed over.
+    inputs, targets  (R, T) int64 on the CPU; targets are -1 where there is nothing to learn, which with `learn_all` is
+                     the padding alone
     state            plain JSON; as `resume_state_dict` it continues behind its step. Its counters, over all ranks and
                      from the start: conversations taken, split ones, dropped pieces, tokens and padding of the rows
     Raises ValueError when the saved state is of other data or another seed, or when no conversation fits.
@@ -403,34 +409,82 @@ def conversation_steps(tokenizer, task, T, conversations_per_step, pad_id, seed,
     state = resume_state_dict or {"epoch": 1, "position": 0, "seed": seed, "num_conversations": len(task),
                                   "counters": counters}
     _refuse_other(state, seed=seed, num_conversations=len(task))
-    return _conversation_steps(tokenizer, task, T, conversations_per_step, pad_id, rank, world_size, state)
+    rendered = _rendered(tokenizer, task, T + 1, state)
+    if rows_per_step is None:
+        taken = ((some, pack_whole(_pieces(some), T + 1)) for some in _in_groups(rendered, conversations_per_step))
+    else:
+        taken = _filling(rendered, rows_per_step, T + 1)
+    return _conversation_steps(taken, T, pad_id, rank, world_size, state, learn_all)
 
 
-def _conversation_steps(tokenizer, task, T, conversations_per_step, pad_id, rank, world_size, state):
-    epoch, position, counters = state["epoch"], state["position"], collections.Counter(state["counters"])
-    order = _shuffled(len(task), state["seed"], epoch)
-    barren = 0 # conversations since the last one that gave a row
+class _Rendered(NamedTuple):
+    """One conversation: its usable pieces, how many were dropped, was it split, and the place behind it."""
+    pieces: list
+    dropped: int
+    is_split: bool
+    epoch: int
+    position: int
+
+
+def _rendered(tokenizer, task, capacity, state):
+    """Endless _Rendered conversations from the place of a state on."""
+    epoch, position = state["epoch"], state["position"]
+    barren = 0 # conversations since the last one with a usable piece
     while True:
-        pieces = []
-        for _ in range(conversations_per_step):
-            if position == len(task):
-                epoch, position = epoch + 1, 0
-                order = _shuffled(len(task), state["seed"], epoch)
-            found = render_pieces(tokenizer, task[order[position]], T + 1)
-            usable = [piece for piece in found if piece is not None]
-            counters.update(conversations=1, split=len(found) > 1, dropped=len(found) - len(usable))
+        order = _shuffled(len(task), state["seed"], epoch)
+        while position < len(task):
+            found = render_pieces(tokenizer, task[order[position]], capacity)
+            usable, position = [piece for piece in found if piece is not None], position + 1
             barren = 0 if usable else barren + 1
             if barren == 2 * len(task):
-                raise ValueError(f"none of the {len(task)} conversations has a turn that fits into {T + 1} tokens and "
-                                 "holds an answer to learn from: raise --max-seq-len, or check the data")
-            pieces += usable
-            position += 1
-        rows = pack_whole(pieces, T + 1)
-        num_tokens = sum(len(ids) for ids, _ in pieces)
-        counters.update(tokens=num_tokens, padding=len(rows) * (T + 1) - num_tokens)
-        state = {**state, "epoch": epoch, "position": position, "counters": dict(counters)}
+                raise ValueError(f"none of the {len(task)} conversations has a turn that fits into {capacity} tokens "
+                                 "and holds an answer to learn from: raise --max-seq-len, or check the data")
+            yield _Rendered(usable, len(found) - len(usable), len(found) > 1, epoch, position)
+        epoch, position = epoch + 1, 0
+
+
+def _pieces(conversations):
+    return [piece for conversation in conversations for piece in conversation.pieces]
+
+
+def _in_groups(conversations, size):
+    while True:
+        yield list(itertools.islice(conversations, size))
+
+
+def _filling(conversations, num_rows, capacity):
+    """Endless (the next conversations that pack into num_rows rows, those rows)."""
+    waiting = []
+    while True:
+        while sum(len(ids) for ids, _ in _pieces(waiting)) <= num_rows * capacity:
+            waiting += itertools.islice(conversations, 16)
+        count = len(waiting)
+        while len(rows := pack_whole(_pieces(waiting[:count]), capacity)) > num_rows and count > 1:
+            count -= 1
+        yield waiting[:count], rows
+        waiting = waiting[count:]
+
+
+def _conversation_steps(taken, T, pad_id, rank, world_size, state, learn_all):
+    counters = collections.Counter(state["counters"])
+    for conversations, rows in taken:
+        num_tokens = sum(len(ids) for ids, _ in _pieces(conversations))
+        counters.update(conversations=len(conversations), split=sum(one.is_split for one in conversations),
+                        dropped=sum(one.dropped for one in conversations), tokens=num_tokens,
+                        padding=len(rows) * (T + 1) - num_tokens)
+        state = {**state, "epoch": conversations[-1].epoch, "position": conversations[-1].position,
+                 "counters": dict(counters)}
         if rows:
-            yield rows_to_tensors(rows[rank::world_size], T, pad_id), state
+            yield rows_to_tensors(rows[rank::world_size], T, pad_id, learn_all), state
+
+
+def prefetched(items):
+    """The items of an endless iterator, each made in a thread while the one before is being used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items)
+        while True:
+            item, coming = coming.result(), pool.submit(next, items)
+            yield item
 
 
 def _shuffled(n, seed, epoch):

@@ -162,6 +162,7 @@ class Row:
         self.limit = limit       # most tokens it may get, forced ones and the terminal one included
         self.rng = torch.Generator().manual_seed(seed) # on the CPU: the same draws on every device
         self.tokens = []         # the completion without its terminal token
+        self.end = []            # its terminal token, when it has come
         self.masks = []          # 1 = sampled, 0 = forced by the tool
         self.forced = deque()    # ids that come next, whatever is sampled
         self.expression = None   # ids of the tool call so far, None outside of one
@@ -203,14 +204,16 @@ class Engine:
         return [tokens + ids for ids, _ in samples], [[0] * len(tokens) + masks for _, masks in samples]
 
     def generate_many(self, prompts, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42,
-                      batch_size=32):
+                      batch_size=32, keep_end=False):
         """
         Complete many prompts of any lengths, about batch_size rows at a time.
 
         prompts  list of non-empty lists of ids
         seed     an int, from which each prompt's seed is derived, or a list with one seed per prompt: then sample r of
                  a prompt is what `generate` gives for it with that seed, whatever else is in the batch
-        Returns per prompt a list of num_samples pairs (ids, masks) of the completion without its terminal token.
+        keep_end the terminal token is the last one of a completion, or its absence tells that it was cut off
+        Returns per prompt a list of num_samples pairs (ids, masks) of the completion, without its terminal token unless
+        `keep_end`.
         """
         seeds = seed if isinstance(seed, list) else [derive_seed(seed, i) for i in range(len(prompts))]
         samples = [self._rows(prompt, num_samples, max_tokens, s) for prompt, s in zip(prompts, seeds, strict=True)]
@@ -221,7 +224,8 @@ class Engine:
             rows = [row for i in chosen for row in samples[i]]
             for _ in self._decode([prompts[i] for i in chosen], rows, temperature, top_k):
                 pass
-        return [[(row.tokens, row.masks) for row in rows] for rows in samples]
+        return [[(row.tokens + row.end * keep_end, row.masks + [1] * len(row.end) * keep_end) for row in rows]
+                for rows in samples]
 
     def _rows(self, prompt, num_samples, max_tokens, seed):
         """Check one request and make its rows."""
@@ -285,7 +289,7 @@ class Engine:
         """Advance a row's state machine by one token; returns (token, mask)."""
         token, mask = (row.forced.popleft(), 0) if row.forced else (sampled, 1)
         if token in self.terminal:
-            row.done = True
+            row.done, row.end = True, [token]
             return token, mask
         row.tokens.append(token)
         row.masks.append(mask)

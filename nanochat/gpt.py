@@ -13,11 +13,13 @@ scalars as in modded-nanogpt.
 Letters, here and everywhere: B rows, T positions, C = n_embd, H query heads, Hkv key/value heads, D = C / H head
 dimension, V vocabulary, Vp padded vocabulary, L layers.
 """
+import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import print0
 from nanochat.flash_attention import flash_attn
@@ -340,7 +342,10 @@ class GPT(nn.Module):
         x = self._hidden(idx, kv_cache, self.block_fn)
         x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
         if loss_reduction == "none" or not torch.is_grad_enabled():
-            loss = torch.cat([self.losses_fn(x[rows], head, targets[rows]) for rows in chunks_of(x, head.size(0))])
+            losses_fn = self.losses_fn
+            if torch.is_grad_enabled(): # the logits of a chunk are made again for the gradient, not kept
+                losses_fn = functools.partial(checkpoint, losses_fn, use_reentrant=False)
+            loss = torch.cat([losses_fn(x[rows], head, targets[rows]) for rows in chunks_of(x, head.size(0))])
             loss = loss if loss_reduction == "none" else loss.sum()
         else:
             loss = SummedLoss.apply(x, head, targets, self.losses_fn)

@@ -12,6 +12,7 @@ Hyper-parameters are read from the groups at every step, so schedules just assig
 """
 import torch
 import torch.distributed as dist
+from torch.optim.adamw import adamw
 
 # Coefficients of the odd polynomial of each iteration: 5 iterations, safety factor 2e-2, cushion 2.
 POLAR_EXPRESS = [
@@ -37,18 +38,6 @@ def orthogonalize(g, ns_steps=5, dtype=torch.bfloat16):
         z = beta * gram + gamma * (gram @ gram)
         x = alpha * x + (x @ z if tall else z @ x)
     return x
-
-
-def adamw_update(p, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """One AdamW step in place, in at least fp32 whatever the parameter's dtype. Moments keep their own dtype."""
-    dtype = torch.promote_types(p.dtype, torch.float32)
-    grad, weight, (beta1, beta2) = grad.to(dtype), p.to(dtype), betas
-    m = exp_avg.to(dtype).lerp(grad, 1 - beta1)
-    v = exp_avg_sq.to(dtype).lerp(grad.square(), 1 - beta2)
-    denominator = (v / (1 - beta2**step)).sqrt() + eps
-    p.copy_(weight * (1 - lr * weight_decay) - lr / (1 - beta1**step) * (m / denominator))
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
 
 
 def muon_update(p, grad, momentum_buffer, second_momentum_buffer, lr, momentum, ns_steps, beta2, weight_decay):
@@ -124,15 +113,18 @@ class MuonAdamW(torch.optim.Optimizer):
             p.grad /= dist.get_world_size()
 
     def _step_adamw(self, group):
+        """One pass over the memory of each parameter: torch's fused kernel, which computes in at least fp32."""
         for p in group["params"]:
             if p.grad is None:
                 continue
-            state = self.state[p]
+            state, (beta1, beta2) = self.state[p], group["betas"]
             if not state:
                 state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            before = torch.tensor(float(state["step"]), device=p.device) # what the kernel counts up
+            adamw([p], [p.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [before], fused=True, amsgrad=False,
+                  beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+                  maximize=False)
             state["step"] += 1
-            adamw_update(p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"], group["betas"],
-                         group["eps"], group["weight_decay"])
 
     def _step_muon(self, group):
         params = group["params"]

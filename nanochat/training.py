@@ -15,7 +15,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError, atomic_write, finite, is_ddp_initialized, print0
+from nanochat.common import UserError, atomic_write, finite, get_peak_flops, is_ddp_initialized, print0
 from nanochat.gpt import Block, token_losses
 
 # What a base model is asked to continue, to see at a glance what it has learned.
@@ -199,6 +199,12 @@ class Throughput:
     def eta(self, steps_left):
         """Seconds to go, or None while it is too early to say."""
         return steps_left * self.counted_time / (self.steps - 10) if self.steps > 10 else None
+
+
+def peak_flops(compute):
+    """bf16 FLOP/s that all ranks together can reach; infinite, hence an MFU of 0, where that is not known."""
+    known = compute.device.type == "cuda"
+    return get_peak_flops(torch.cuda.get_device_name()) * compute.ddp_world_size if known else math.inf
 
 
 class MetricsLog:

@@ -22,8 +22,8 @@ import torch
 
 from nanochat.checkpoint_manager import (checkpoint_dir, delete_steps, lineage, load_checkpoint, save_checkpoint,
                                          step_to_resume, update_meta, warn_of_changes)
-from nanochat.common import (DTYPES, compute_cleanup, compute_init, dataset_label, get_compute_dtype,
-                             get_peak_flops, init_wandb, print0, print_banner, run_main)
+from nanochat.common import (DTYPES, compute_cleanup, compute_init, dataset_label, get_compute_dtype, init_wandb,
+                             print0, print_banner, run_main)
 from nanochat.core_eval import evaluate_model
 from nanochat.dataloader import merge_lane_states, pretraining_loader
 from nanochat.engine import Engine
@@ -34,7 +34,8 @@ from nanochat.report import get_report
 from nanochat.tokenizer import get_tokenizer, token_bytes_of
 from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, check_loss, check_weights,
                                compile_model, grad_accum_steps, is_due, lr_multiplier, muon_momentum, number_problems,
-                               refuse_changes, sample_prompts, set_schedule, training_horizon, try_evaluation)
+                               peak_flops, refuse_changes, sample_prompts, set_schedule, training_horizon,
+                               try_evaluation)
 
 # Flags that change the mathematics of a run: a resumed run must have the saved values.
 FIXED_ON_RESUME = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "num_iterations",
@@ -323,8 +324,7 @@ class Run:
         self.data_state = meta["dataloader_state_dict"] if meta else None
         self.min_val_bpb = loop.get("min_val_bpb")
         self.meter = LossMeter(**loop.get("loss_meter", {}))
-        peak = get_peak_flops(torch.cuda.get_device_name()) if compute.device.type == "cuda" else float("inf")
-        self.speed = Throughput(args.total_batch_size, model.estimate_flops(), peak * compute.ddp_world_size,
+        self.speed = Throughput(args.total_batch_size, model.estimate_flops(), peak_flops(compute),
                                 loop.get("total_training_time", 0.0))
         self.wandb = init_wandb(args.run, compute, "nanochat", vars(args))
 

@@ -57,3 +57,11 @@ def available_evals():
     fetches = not dataset_label()
     return [name for name, entry in EVALS.items()
             if entry.is_local() or (fetches and not name.startswith("TinyWorld"))]
+
+
+# What reinforcement learning can be about: name -> make(start=..., stop=...), of training splits, with rewards
+REWARDED = {
+    "GSM8K": partial(GSM8K, "main", "train"),
+    "SpellingBee": partial(SpellingBee, size=8000, split="train"),
+    "TinyWorld-Arithmetic": partial(TinyWorld, split="train", domain="arithmetic"),
+}

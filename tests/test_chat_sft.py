@@ -9,15 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_checkpoint, save_checkpoint
+from nanochat import chat_training
+from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_checkpoint
 from nanochat.common import Compute, UserError, claim_base_dir, hub_mirror_dir, read_json
-from nanochat.gpt import GPT, Block, GPTConfig
-from nanochat.tokenizer import RustBPETokenizer
+from nanochat.gpt import Block
 from nanochat.training import accumulate
 from scripts import chat_sft
-from tasks.common import Task
+from tests.chat_world import CPU, Chat, fill_base_dir, metrics_of, save_tiny_model, tiny_model, tiny_tokenizer
 
-CPU = Compute(False, 0, 0, 1, torch.device("cpu"))
 QUIET = ["--compile", "off", "--device-type", "cpu", "--eval-every", "-1", "--eval-metrics-every", "-1"]
 
 
@@ -30,46 +29,26 @@ def base_dir(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return RustBPETokenizer.train_from_iterator(["the cat sat on the mat and the dog ate the hat " * 20], 280)
+    return tiny_tokenizer()
 
 
-class Chat(Task):
-    """Conversations of different lengths; the answer repeats a word as often as the question says."""
-
-    def num_examples(self):
-        return 24
-
-    def get_example(self, index):
-        question = f"say {'the cat '[:3 + index % 5]} {index % 4 + 1} times"
-        return {"messages": [{"role": "user", "content": question},
-                             {"role": "assistant", "content": "the " * (index % 4 + 1)}]}
-
-
-def tiny_model(tokenizer, dtype=torch.float32):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(sequence_len=64, vocab_size=tokenizer.get_vocab_size(), n_layer=2, n_head=2, n_kv_head=2,
-                          n_embd=32, window_pattern="SL"))
-    model.init_weights()
-    for p in model.parameters(): # zero matrices would hide mistakes in whatever feeds them
-        p.data += 0.02 * torch.randn_like(p)
-    if dtype == torch.float64:
-        model.rotary_dtype = torch.float64
-        model.double().init_rotary()
-    return model
+def tiny_run(tokenizer, *flags, dtype=torch.float32, compute=CPU):
+    """A run of its own folder on `Chat`, with a model of any dtype."""
+    args = chat_sft.build_parser().parse_args([*QUIET, "--source", "base", "--target-examples-per-step", "8",
+                                               "--init-lr-frac", "0.2", "--overwrite", *flags])
+    save_tiny_model(tokenizer)
+    run = chat_training.Run(args, compute, "sft", chat_sft.SOURCES, (), ("val_loss",), train_loss=None, total_time=0.0)
+    run.model = tiny_model(tokenizer, dtype)
+    run.optimizer = chat_training.build_optimizer(run.model, args)
+    return run
 
 
-def tiny_run(tokenizer, *flags, dtype=torch.float32, compute=CPU, task=None):
-    usual = [*QUIET, "--target-examples-per-step", "8", "--init-lr-frac", "0.2"]
-    args = chat_sft.build_parser().parse_args([*usual, *flags])
-    assert not chat_sft.check_args(args)
-    task = task or Chat()
-    return chat_sft.Run(args, compute, tokenizer, tiny_model(tokenizer, dtype), checkpoint_dir("sft", "tiny"),
-                        (task, task, {}), parent=None)
+def rows_of(run):
+    return run.conversation_steps(Chat(), conversations_per_step=run.args.target_examples_per_step)
 
 
-def metrics_of(folder):
-    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def train(run):
+    return chat_sft.train(run, Chat(), Chat(), {}, chat_sft.count_steps(run.args, len(Chat())))
 
 # -----------------------------------------------------------------------------
 # What a step computes
@@ -83,11 +62,11 @@ def naive_mean_loss(model, inputs, targets):
 
 def test_the_gradient_is_that_of_the_mean_over_supervised_tokens(tokenizer):
     run = tiny_run(tokenizer, "--device-batch-size", "2", dtype=torch.float64)
-    (inputs, targets), _ = next(run.steps(run.train_task))
+    (inputs, targets), _ = next(rows_of(run))
     assert len(inputs) > 2, "several micro-batches, the last one smaller"
     expected_loss = naive_mean_loss(run.model, inputs, targets)
     expected = torch.autograd.grad(expected_loss, list(run.model.parameters()))
-    loss = accumulate(run.model, chat_sft.micro_batches(run, (inputs, targets)), int((targets != -1).sum()), CPU)
+    loss = accumulate(run.model, run.micro_batches((inputs, targets)), int((targets != -1).sum()), CPU)
     assert loss == pytest.approx(expected_loss.item(), rel=1e-12)
     for p, grad in zip(run.model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-12)
@@ -95,7 +74,7 @@ def test_the_gradient_is_that_of_the_mean_over_supervised_tokens(tokenizer):
 
 def test_only_what_the_assistant_says_is_supervised(tokenizer):
     run = tiny_run(tokenizer, "--target-examples-per-step", "1")
-    (inputs, targets), _ = next(run.steps(run.train_task))
+    (inputs, targets), _ = next(rows_of(run))
     learned = tokenizer.decode(targets[targets != -1].tolist())
     assert learned in {"the " * n + "<|assistant_end|>" for n in (1, 2, 3, 4)}
 
@@ -103,7 +82,7 @@ def test_only_what_the_assistant_says_is_supervised(tokenizer):
 def train_three_steps(tokenizer, device_batch_size):
     run = tiny_run(tokenizer, "--num-iterations", "3", "--device-batch-size", str(device_batch_size),
                    "--max-seq-len", "40", dtype=torch.float64)
-    chat_sft.train(run)
+    train(run)
     return run
 
 
@@ -118,13 +97,13 @@ def test_the_micro_batch_size_does_not_change_the_weights(tokenizer):
 
 def test_rows_filled_up_for_a_compiled_model_change_nothing(tokenizer):
     run = tiny_run(tokenizer, "--device-batch-size", "4", "--max-seq-len", "40", dtype=torch.float64)
-    rows, _ = next(run.steps(run.train_task))
+    rows, _ = next(rows_of(run))
     assert len(rows[0]) % 4, "there is something to fill up"
-    eager = chat_sft.validation_loss(run)
+    eager = chat_sft.validation_loss(run, Chat())
     run.model.block_fn = lambda *args: Block.forward(*args) # stands for a compiled block
-    shapes = {x.shape for x, _ in chat_sft.micro_batches(run, rows)}
+    shapes = {x.shape for x, _ in run.micro_batches(rows)}
     assert shapes == {(4, 40)}
-    assert chat_sft.validation_loss(run) == pytest.approx(eager, rel=1e-12)
+    assert chat_sft.validation_loss(run, Chat()) == pytest.approx(eager, rel=1e-12)
 
 
 class OneOfTwo(Compute):
@@ -135,15 +114,15 @@ class OneOfTwo(Compute):
 
 def test_two_ranks_together_take_the_step_of_one(tokenizer):
     alone = tiny_run(tokenizer, dtype=torch.float64)
-    rows, state = next(alone.steps(alone.train_task))
+    rows, state = next(rows_of(alone))
     num_targets = int((rows[1] != -1).sum())
-    loss = accumulate(alone.model, chat_sft.micro_batches(alone, rows), num_targets, CPU)
+    loss = accumulate(alone.model, alone.micro_batches(rows), num_targets, CPU)
     grads, losses = [torch.zeros_like(p) for p in alone.model.parameters()], 0.0
     for rank in (0, 1):
         run = tiny_run(tokenizer, dtype=torch.float64, compute=OneOfTwo(False, rank, rank, 2, torch.device("cpu")))
-        own, own_state = next(run.steps(run.train_task))
+        own, own_state = next(rows_of(run))
         assert own_state == state, "the state is the same on all ranks"
-        losses += accumulate(run.model, chat_sft.micro_batches(run, own), num_targets, run.compute)
+        losses += accumulate(run.model, run.micro_batches(own), num_targets, run.compute)
         for grad, p in zip(grads, run.model.parameters(), strict=True):
             grad += p.grad / 2 # the optimizer takes the mean
     assert losses == pytest.approx(loss, rel=1e-12)
@@ -153,19 +132,19 @@ def test_two_ranks_together_take_the_step_of_one(tokenizer):
 
 def test_the_validation_loss_is_per_token_over_at_most_one_pass(tokenizer):
     run = tiny_run(tokenizer, "--eval-steps", "1000", "--device-batch-size", "3", dtype=torch.float64)
-    steps, total, count = run.steps(run.val_task), 0.0, 0
+    steps, total, count = rows_of(run), 0.0, 0
     for _ in range(3): # 24 conversations, 8 a step
         (inputs, targets), _ = next(steps)
         total += naive_mean_loss(run.model, inputs, targets).item() * int((targets != -1).sum())
         count += int((targets != -1).sum())
-    assert chat_sft.validation_loss(run) == pytest.approx(total / count, rel=1e-12)
+    assert chat_sft.validation_loss(run, Chat()) == pytest.approx(total / count, rel=1e-12)
 
 # -----------------------------------------------------------------------------
 # The loop
 
 def test_exactly_n_updates_with_a_linearly_falling_rate(tokenizer):
     run = tiny_run(tokenizer, "--num-iterations", "4", "--eval-every", "2")
-    metrics = chat_sft.train(run)
+    metrics = train(run)
     lines = metrics_of(run.folder)
     assert [line["train/lrm"] for line in lines if "train/lrm" in line] == [1.0, 0.75, 0.5, 0.25]
     assert [line["step"] for line in lines if "val/loss" in line] == [0, 2, 4]
@@ -178,15 +157,17 @@ def test_exactly_n_updates_with_a_linearly_falling_rate(tokenizer):
 
 def test_the_loss_falls(tokenizer):
     run = tiny_run(tokenizer, "--num-iterations", "25", "--init-lr-frac", "0.5")
-    chat_sft.train(run)
+    train(run)
     losses = [line["train/loss"] for line in metrics_of(run.folder)]
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_one_pass_is_whole_steps_and_too_few_conversations_are_told(tokenizer):
-    assert tiny_run(tokenizer, "--num-epochs", "2", "--target-examples-per-step", "7").num_steps == 6
+def test_one_pass_is_whole_steps_and_too_few_conversations_are_told():
+    def count_steps(*flags):
+        return chat_sft.count_steps(chat_sft.build_parser().parse_args(flags), 24)
+    assert count_steps("--num-epochs", "2", "--target-examples-per-step", "7") == 6
     with pytest.raises(ValueError, match="--target-examples-per-step must be at most 24, .* got 25"):
-        tiny_run(tokenizer, "--target-examples-per-step", "25")
+        count_steps("--target-examples-per-step", "25")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(tokenizer):
@@ -194,7 +175,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(token
     run.model.lm_head.weight.data[0, 0] = float("nan")
     before = run.model.transformer.wte.weight.clone()
     with pytest.raises(UserError, match="the loss became nan in step 0"):
-        chat_sft.train(run)
+        train(run)
     assert torch.equal(before, run.model.transformer.wte.weight) and complete_steps(run.folder) == []
 
 
@@ -203,19 +184,19 @@ def test_weights_that_are_not_finite_are_not_saved(tokenizer, monkeypatch):
         loss = accumulate(model, *args)
         model.lm_head.weight.grad[0, 0] = float("inf")
         return loss
-    monkeypatch.setattr(chat_sft, "accumulate", overflowing)
+    monkeypatch.setattr(chat_training, "accumulate", overflowing)
     run = tiny_run(tokenizer, "--num-iterations", "1")
     with pytest.raises(UserError, match="the weights of lm_head.weight are not finite after 1 steps"):
-        chat_sft.train(run)
+        train(run)
     assert complete_steps(run.folder) == []
 
 
 def test_an_evaluation_that_fails_costs_nothing(tokenizer, monkeypatch, capsys):
-    def fail(run):
+    def fail(run, task):
         raise OSError("disk gone")
     monkeypatch.setattr(chat_sft, "validation_loss", fail)
     run = tiny_run(tokenizer, "--num-iterations", "1", "--eval-every", "1")
-    assert chat_sft.train(run) == {}
+    assert train(run) == {}
     assert complete_steps(run.folder) == [1] and "Validation failed and is left out" in capsys.readouterr().out
 
 # -----------------------------------------------------------------------------
@@ -223,23 +204,7 @@ def test_an_evaluation_that_fails_costs_nothing(tokenizer, monkeypatch, capsys):
 
 @pytest.fixture
 def filled(base_dir, tokenizer):
-    """A base directory with a base checkpoint and everything that the mixture asks for."""
-    chat = list(Chat())
-    arc = {"question": "hot?", "choices": {"text": ["the cat", "the mat"], "label": ["A", "B"]}, "answerKey": "B"}
-    mmlu = {"question": "cat?", "subject": "law", "choices": ["the", "cat", "sat", "on"], "answer": 1}
-    for name, subset, split, rows in [
-        ("allenai/ai2_arc", "ARC-Easy", "train", [arc] * 4), ("allenai/ai2_arc", "ARC-Challenge", "train", [arc] * 4),
-        ("allenai/ai2_arc", "ARC-Easy", "validation", [arc] * 4), ("cais/mmlu", "all", "validation", [mmlu] * 4),
-        ("openai/gsm8k", "main", "train", [{"question": "1+1?", "answer": "<<1+1=2>>2\n#### 2"}] * 4),
-        ("HuggingFaceTB/smol-smoltalk", None, "train", chat), ("HuggingFaceTB/smol-smoltalk", None, "test", chat[:9]),
-    ]:
-        os.makedirs(hub_mirror_dir(name, subset, split))
-        pq.write_table(pa.Table.from_pylist(rows), os.path.join(hub_mirror_dir(name, subset, split), "0.parquet"))
-    (base_dir / "identity_conversations.jsonl").write_text(json.dumps(chat[0]["messages"]) + "\n")
-    (base_dir / "words_alpha.txt").write_text("\n".join(a + b + c for a in "bcdfgh" for b in "aeiou" for c in "lmnrst"))
-    model = tiny_model(tokenizer)
-    save_checkpoint(checkpoint_dir("base", "own"), 7, model.state_dict(), None,
-                    {"step": 7, "model_config": vars(model.config)}, tokenizer=tokenizer)
+    fill_base_dir(base_dir, tokenizer)
     return base_dir
 
 
@@ -281,14 +246,14 @@ def test_resuming_equals_never_stopping_bit_for_bit(filled):
 def test_sigterm_saves_and_the_run_goes_on_from_there(filled, monkeypatch):
     folder = sft()
     weights = load_checkpoint(folder, 4, "cpu")[0]
-    real, calls = chat_sft.accumulate, []
+    real, calls = chat_training.accumulate, []
 
     def killed_in_the_second_step(*args):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
-    monkeypatch.setattr(chat_sft, "accumulate", killed_in_the_second_step)
+    monkeypatch.setattr(chat_training, "accumulate", killed_in_the_second_step)
     with pytest.raises(SystemExit) as left:
         sft("--overwrite")
     assert left.value.code == 128 + signal.SIGTERM and complete_steps(folder) == [2]
@@ -312,10 +277,7 @@ def test_resume_refuses_other_mathematics_and_a_second_run_asks_what_to_do(fille
 def test_resume_refuses_a_source_that_was_trained_anew(filled, tokenizer):
     flags = ["--num-iterations", "1"]
     folder = sft(*flags)
-    model = tiny_model(tokenizer)
-    model.lm_head.weight.data[0, 0] += 1
-    save_checkpoint(checkpoint_dir("base", "own"), 7, model.state_dict(), None,
-                    {"step": 7, "model_config": vars(model.config)}, tokenizer=tokenizer)
+    save_tiny_model(tokenizer, change=1.0)
     with pytest.raises(UserError, match="from step 7 in .*own, which was trained on or anew since .*--overwrite"):
         sft(*flags, "--resume")
     sft(*flags, "--overwrite")

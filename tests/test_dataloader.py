@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanochat.dataloader import (BestFitBuffer, conversation_steps, flat_loader, merge_lane_states, pretraining_loader,
-                                 render_pieces, tokenizing_distributed_data_loader,
+from nanochat.dataloader import (BestFitBuffer, conversation_steps, flat_loader, merge_lane_states, prefetched,
+                                 pretraining_loader, render_pieces, tokenizing_distributed_data_loader,
                                  tokenizing_distributed_data_loader_bos_bestfit,
                                  tokenizing_distributed_data_loader_with_state,
                                  tokenizing_distributed_data_loader_with_state_bos_bestfit)
@@ -327,7 +327,55 @@ def make_task(seed, n=60, longest=25):
 
 
 def steps(task, T=40, per_step=7, seed=3, **kwargs):
-    return conversation_steps(FakeTokenizer(), task, T, per_step, END, seed, **kwargs)
+    return conversation_steps(FakeTokenizer(), task, T, END, seed, conversations_per_step=per_step, **kwargs)
+
+
+def test_a_fixed_number_of_rows_takes_the_next_conversations_that_fit_and_leaves_none_out():
+    task = make_task(5, n=90)
+    by_rows = conversation_steps(FakeTokenizer(), task, 60, END, 3, rows_per_step=4)
+    order, seen, before = [], 0, 0
+    for (inputs, targets), state in by_rows:
+        if state["epoch"] > 1:
+            break
+        assert len(inputs) <= 4 and len(inputs) * 61 == sum(
+            state["counters"][name] for name in ("tokens", "padding")) - before
+        before += len(inputs) * 61
+        order += [ids for ids, _ in supervised(inputs, targets)]
+        taken, seen = state["counters"]["conversations"] - seen, state["counters"]["conversations"]
+        one_more = conversation_steps(FakeTokenizer(), task, 60, END, 3, conversations_per_step=taken + 1,
+                                      resume_state_dict={**state, "epoch": 1, "position": seen - taken})
+        if seen < len(task):
+            assert len(next(one_more)[0][0]) > 4, "one conversation more would need a fifth row"
+    everything = [ids for (inputs, targets), _ in itertools.islice(steps(task, 60, 90), 1)
+                  for ids, _ in supervised(inputs, targets)]
+    assert {tuple(ids) for ids in order} <= {tuple(ids) for ids in everything} and len(order) > 0.8 * len(everything)
+
+
+def test_rows_per_step_resume_exactly_and_share_out_over_ranks():
+    task = make_task(6, n=50)
+    def run(state=None, rank=0, world_size=1):
+        return conversation_steps(FakeTokenizer(), task, 60, END, 3, rank, world_size, state, rows_per_step=3,
+                                  learn_all=True)
+    whole = list(itertools.islice(run(), 12))
+    for (inputs, targets), state in itertools.islice(run(whole[4][1]), 7):
+        (expected_inputs, expected_targets), expected_state = whole.pop(5)
+        assert torch.equal(inputs, expected_inputs) and torch.equal(targets, expected_targets)
+        assert state == expected_state
+    (inputs, targets), _ = next(run())
+    parts = [next(run(rank=rank, world_size=2))[0] for rank in (0, 1)]
+    assert torch.equal(parts[0][0], inputs[::2]) and torch.equal(parts[1][1], targets[1::2])
+    assert (targets[inputs != END] == -1).sum() == 0, "with learn_all only padding is not learned"
+
+
+def test_prefetched_items_are_the_same_and_an_error_comes_through():
+    def items():
+        yield from range(5)
+        raise ValueError("bad data")
+    found = []
+    with pytest.raises(ValueError, match="bad data"):
+        for item in prefetched(items()):
+            found.append(item)
+    assert found == list(range(5))
 
 
 def supervised(inputs, targets):

@@ -88,16 +88,19 @@ def test_orthogonalize_is_close_to_the_polar_factor(shape):
         assert values.max() < 1.25 and values.median() > 0.9 # the smallest ones are not quite lifted to 1
 
 
-def test_adamw_equals_torch():
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_adamw_equals_the_formula(dtype, tolerance):
     torch.manual_seed(0)
-    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2))
-    mine, reference = adamw(ours), torch.optim.AdamW([theirs], lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
-    for _ in range(20):
-        ours.grad = torch.randn(50)
-        theirs.grad = ours.grad.clone()
-        mine.step()
-        reference.step()
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 50, dtype=dtype))
+    optimizer, x, m, v = adamw(p), p.detach().double().clone(), 0, 0
+    for t in range(1, 21):
+        p.grad = torch.randn(50).to(dtype)
+        optimizer.step()
+        g = p.grad.double()
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
+        x = x - 0.01 * 0.1 * x - 0.01 * (m / (1 - 0.8**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-10)
+    torch.testing.assert_close(p.detach().double(), x, atol=tolerance, rtol=tolerance)
+    assert optimizer.state[p]["step"] == 20
 
 
 def test_adamw_of_a_bf16_table_computes_in_fp32():

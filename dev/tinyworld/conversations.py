@@ -6,7 +6,7 @@ A conversation is a list of messages {"role", "content"}, user first.
 import json
 
 from . import stories
-from .facts import load_data, sentence
+from .facts import HELD_OUT, fraction, load_data, sentence
 from .prose import LISTS, Phrasings, list_slots
 
 TALK = load_data("talk.json")
@@ -28,7 +28,8 @@ class Talker:
     split  "train" or "heldout": which phrasings questions have
     """
     def __init__(self, world, facts, split, rng):
-        self.facts, self.split, self.rng, self.deck, self.groups = facts, split, rng, [], {}
+        self.facts, self.split, self.rng, self.seed = facts, split, rng, world.seed
+        self.deck, self.groups = [], {}
         self.phrasings = Phrasings(world, rng, "questions" if split == "train" else "heldout_questions")
         for fact in facts:
             self.groups.setdefault(fact.relation.name, []).append(fact)
@@ -91,15 +92,22 @@ class Talker:
         """(question, honest answer) about something outside the world."""
         data = TALK["unknown"]
         known = [fact for fact in self.facts if fact.relation.entity in data["about"][self.split]]
-        kind = self.rng.choice(("world", "world", "world", "person", "now", "about" if known else "now"))
+        kind = self.rng.choice(("world", "world", "world", "person", "now", *(("about", "about") if known else ())))
         questions, answers = data[kind][self.split], data[kind]["answers"]
-        parts = [TALK["invented"][part] for part in (f"{self.split} starts", "middles", "ends")]
-        slots = {"u": "".join(map(self.rng.choice, parts)), "f": self.rng.choice(stories.DATA["names"])}
+        slots = {"u": self.invented_name(), "f": self.rng.choice(stories.DATA["names"])}
         if kind == "about": # a thing of the world, but nothing that the world knows about it
             fact = self.rng.choice(known)
             slots["x"], questions = fact.x, questions[fact.relation.entity]
         answer = answers[0] if self.rng.random() < 0.7 else self.rng.choice(answers)
         return sentence(self.rng.choice(questions), **slots), sentence(answer, **slots)
+
+    def invented_name(self):
+        """A name that nothing has, whose beginning belongs to this split; there are thousands of beginnings."""
+        while True:
+            start, end = ("".join(self.rng.choice(TALK["invented"][part]) for part in parts)
+                          for parts in (("onsets", "vowels", "codas"), ("middles", "ends")))
+            if (fraction(self.seed, "name", start) < HELD_OUT) == (self.split == "heldout"):
+                return start + end
 
     def identity(self):
         """One to three questions about the model itself."""

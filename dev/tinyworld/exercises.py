@@ -121,19 +121,20 @@ def spelling_documents(seed, rng):
         yield gap.join(form.format(w=word, s=spelled(word), l=",".join(word)) for word in batch)
 
 
-def pair_documents(rng):
+def pair_documents(rng, turned=False):
     """
     Endless stream of pairs, bare or in sentences, said again in another order: the first lesson in looking back.
 
     The value of a bare pair follows its key directly, which is found out within a hundred steps, and is the bridge to
-    values that follow some words later, in sentences and stories, which alone are hardly learned at all.
+    values that follow some words later, in sentences and stories, which alone are hardly learned at all. `turned` ones
+    come as value and key first, as the colour of a thing in a story, and would spoil the first lesson.
     """
     while True:
         keys, values, form = rng.choice(DATA["pairs"])
         form, gap = ("{k} {v}", rng.choice((", ", "; "))) if rng.random() < 0.6 else (form, rng.choice(" \n"))
-        chosen = rng.sample(STORY_WORDS[keys], rng.randint(2, 6))
-        said = [form.format(k=key, v=rng.choice(STORY_WORDS[values])) for key in chosen]
-        yield gap.join(line for _ in range(rng.randint(2, 4)) for line in rng.sample(said, len(said)))
+        pairs = [(key, rng.choice(STORY_WORDS[values])) for key in rng.sample(STORY_WORDS[keys], rng.randint(2, 6))]
+        forms = ["{v} {k}" if turned else form, *[form] * rng.randint(1, 3)]
+        yield gap.join(said.format(k=key, v=value) for said in forms for key, value in rng.sample(pairs, len(pairs)))
 
 
 def repeat_documents(seed, rng):

@@ -29,7 +29,8 @@ DOCUMENTS = { # kind: share of the pretraining documents, and the endless stream
     "expressions": (0.05, lambda world, rng: exercises.expression_documents(rng, world.seed)),
     "spelling": (0.08, lambda world, rng: exercises.spelling_documents(world.seed, rng)),
     "pairs": (0.14, lambda world, rng: exercises.pair_documents(rng)),
-    "repeats": (0.02, lambda world, rng: exercises.repeat_documents(world.seed, rng)),
+    "turned pairs": (0.02, lambda world, rng: exercises.pair_documents(rng, turned=True)),
+    "repeats": (0.03, lambda world, rng: exercises.repeat_documents(world.seed, rng)),
     "talk": (0.05, lambda world, rng: talk_documents(Talker(world, world.open, "train", rng)))}
 FIRST = {"pairs": 0.85, "stories": 0.4} # the lessons in looking back: the share of each that comes before all else
 CONVERSATION_WEIGHTS = { # share of the rows of the SmolTalk stand-in
@@ -40,7 +41,7 @@ ROWS = { # of the other stand-ins
     "arc": {"train": 800, "validation": 100, "test": 200}, "mmlu": {"test": 200, "validation": 100, "dev": 50},
     "mmlu auxiliary": 1500, "gsm8k": {"train": 2000, "test": 200}, "smoltalk test": 300, "tinyworld train": 1500,
     "identity": 500, "core": 80} # core: items per task
-PER_FACT = {"documents": 22, "conversations": 7} # defaults of the flags
+PER_FACT = {"documents": 25, "conversations": 7} # defaults of the flags
 LEAST = {"facts": 40, "documents": 100, "conversations": 100, "questions": 20}
 SHARDS = 4 # for training; one more is for validation
 ROW_GROUP, ROW_GROUPS = 64, 8 # most rows, fewest groups of a file: several lanes (ranks) find some
