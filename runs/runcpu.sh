@@ -21,10 +21,12 @@ source runs/setup.sh            # .venv and dependencies: the one place for it
 stage report-reset python -m nanochat.report reset
 
 if [[ "$DATA" == tinyworld ]]; then
-    examples=-1 problems=1000 missing_identity="" # per evaluation: all that there are
+    examples=-1 problems=1000 # per evaluation: all that there are
+    missing_identity="" rewarded=TinyWorld-Arithmetic judged="GSM8K|TinyWorld"
     stage data python -m dev.tinyworld.generate --facts "${FACTS:-3000}"
 else
-    examples=16 problems=64 missing_identity=yes  # all of the real benchmarks would take hours on a CPU
+    examples=16 problems=64   # all of the real benchmarks would take hours on a CPU
+    missing_identity=yes rewarded=GSM8K judged=GSM8K
     stage data python -m nanochat.dataset -n "${SHARDS:-2}"
 fi
 
@@ -39,11 +41,18 @@ stage base-train python -m scripts.base_train --run="$WANDB_RUN" --resume --seed
 stage base-loss python -m scripts.base_loss --model-tag="$TAG" --device-batch-size=16 --split-tokens=65536
 stage base-eval python -m scripts.base_eval --model-tag="$TAG" --max-per-task="$examples"
 
-stage sft python -m scripts.chat_sft --run="$WANDB_RUN" --source=base --model-tag="$TAG" --resume --device-batch-size=16 \
-    --target-examples-per-step=64 --init-lr-frac=0.3 --eval-every=100 --eval-steps=5 --eval-metrics-every=-1 --save-every=100 \
+chat=(--run="$WANDB_RUN" --model-tag="$TAG" --resume --seed="${SEED:-42}" --save-every=100)
+evaluate=(--model-tag="$TAG" --batch-size=16 --max-new-tokens=96 --max-problems="$problems")
+stage mid python -m scripts.mid_train "${chat[@]}" --max-seq-len=256 --device-batch-size=16 --total-batch-size=4096 \
+    --num-iterations="${MID_STEPS:-350}" --eval-every=350 --eval-tokens=65536 ${missing_identity:+--allow-missing-identity}
+stage mid-eval python -m scripts.chat_eval --source=mid "${evaluate[@]}"
+stage sft python -m scripts.chat_sft "${chat[@]}" --source=mid --device-batch-size=16 --target-examples-per-step=64 \
+    --num-iterations="${SFT_STEPS:-80}" --init-lr-frac=0.3 --eval-every=40 --eval-steps=5 --eval-metrics-every=-1 \
     ${missing_identity:+--allow-missing-identity}
-stage chat-eval python -m scripts.chat_eval --source=sft --model-tag="$TAG" --batch-size=16 --max-new-tokens=96 \
-    --max-problems="$problems"
+stage sft-eval python -m scripts.chat_eval --source=sft "${evaluate[@]}"
+stage rl python -m scripts.chat_rl "${chat[@]}" --task="$rewarded" --num-iterations="${RL_STEPS:-40}" \
+    --max-new-tokens=64 --eval-every=20 --eval-examples=100 --eval-samples=4
+stage rl-eval python -m scripts.chat_eval --source=rl "${evaluate[@]}" --task-name="$judged"
 stage report python -m nanochat.report generate
 
 for question in "What is the capital of France?" "Can you tell me the opposite of hot?" "Who will win the lottery tomorrow?"; do

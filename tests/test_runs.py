@@ -1,4 +1,5 @@
 """The run file that the README begins with, whole but small, on a copy of the repository."""
+import importlib
 import json
 import os
 import shutil
@@ -45,3 +46,29 @@ def test_from_nothing_to_a_chat_and_again_where_it_was_cut_off(repository, tmp_p
 
     third = run(repository, base)
     assert third.returncode == 0 and "done in" not in third.stdout
+
+
+@pytest.mark.parametrize("name", ["speedrun.sh", "run1000.sh", "runcpu.sh"])
+@pytest.mark.parametrize("data", ["tinyworld", "fineweb-edu"])
+def test_every_command_of_a_run_file_has_valid_flags(tmp_path, name, data):
+    """Not run but written down, by functions in the place of the programs; then parsed by the programs' own parsers."""
+    shutil.copytree(ROOT / "runs", tmp_path / "runs")
+    (tmp_path / "runs" / "setup.sh").write_text(
+        "stage() { shift; \"$@\"; }\ncurl() { :; }\nmv() { :; }\n"
+        "python() { printf '%s\\n' \"$(printf '%s\\t' \"$@\")\" >> commands; }\n"
+        "torchrun() { shift 2; python \"${@/#--/--}\"; }\n")
+    done = subprocess.run(["bash", f"runs/{name}"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path), "DATA": data, "RL": "1"})
+    assert done.returncode == 0, done.stderr
+    modules = []
+    for line in (tmp_path / "commands").read_text().splitlines():
+        _, module, *arguments = [word for word in line.rstrip("\t").split("\t") if word != "--"]
+        modules.append(module.rpartition(".")[2])
+        program = importlib.import_module(module)
+        if module == "nanochat.report":
+            assert arguments in (["reset"], ["generate"])
+        else:
+            assert program.check_args(program.build_parser().parse_args(arguments)) == [], line
+    for stage in ("tok_train", "base_train", "base_eval", "mid_train", "chat_sft", "chat_rl"):
+        assert modules.count(stage) == 1, stage
+    assert modules.count("chat_eval") == 3 and modules.count("report") == 2
