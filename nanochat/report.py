@@ -33,7 +33,7 @@ METRIC_SOURCES = {"BASE": "base-model-evaluation", "MID": "chat-evaluation-mid",
                   "RL": "chat-evaluation-rl"}
 HOURLY_RATES = {"h100": 3.00, "a100": 1.79, "v100": 0.55, "": 2.00} # USD per GPU, by a part of its name
 COUNTED_FILES = ("*.py", "*.md", "*.rs", "*.html", "*.toml", "*.sh")
-CURVES = ("train/loss", "val/bpb", "val/loss", "core_metric", "reward", "train/reward") # of metrics.jsonl
+CURVES = ("train/loss", "val/bpb", "val/loss", "core_metric", "train/reward", "pass@1") # of metrics.jsonl
 
 # -----------------------------------------------------------------------------
 # The header: which code, on which machine

@@ -19,10 +19,15 @@ SECONDS_BETWEEN_LINES = 30 # of progress in a log; a terminal sees every step
 
 
 class Score(NamedTuple):
-    """How many problems were solved; groups = {domain or subject: (passed, total)} where the conversations name one."""
+    """
+    How many problems were solved, each by any of its samples; pass_at_1 = share of all samples that were right.
+
+    groups = {domain or subject: (passed, total)} where the conversations name one.
+    """
     passed: int
     total: int
     groups: dict
+    pass_at_1: float
 
     @property
     def accuracy(self):
@@ -57,7 +62,7 @@ def evaluate_generative(task, tokenizer, engine, num_samples=1, max_new_tokens=5
         answers = engine.generate_many(prompts, num_samples=num_samples, max_tokens=max_new_tokens,
                                        temperature=temperature, top_k=top_k, seed=[seed + i for i in indices],
                                        batch_size=batch_size)
-        return [any(task.evaluate(conversation, tokenizer.decode(ids)) for ids, _ in samples)
+        return [sum(bool(task.evaluate(conversation, tokenizer.decode(ids))) for ids, _ in samples) / num_samples
                 for conversation, samples in zip(conversations, answers, strict=True)]
 
     return _score(task, judge, 4 * batch_size, max_problems, engine.model.get_device(), label)
@@ -108,7 +113,7 @@ def _last_logits(model, prompts, pad_id):
 
 
 def _score(task, judge, window, max_problems, device, label):
-    """Judge this rank's problems, `window` at a time, and sum over ranks. judge(indices, conversations) -> bools."""
+    """Judge this rank's problems, `window` at a time, and sum over ranks. judge(indices, conversations) -> shares."""
     if max_problems is not None and max_problems < 1:
         raise ValueError(f"max_problems must be at least 1, got {max_problems}")
     num_problems = len(task) if max_problems is None else min(max_problems, len(task))
@@ -122,21 +127,21 @@ def _score(task, judge, window, max_problems, device, label):
         indices = mine[start:start + window]
         results = judge(indices, [task[i] for i in indices])
         verdicts[list(indices)] = torch.tensor(results, dtype=torch.float32, device=device)
-        progress.add(sum(results), len(results))
+        progress.add(sum(result > 0 for result in results), len(results))
     if is_ddp_initialized():
         dist.all_reduce(verdicts)
-    return _tally(task, [verdict > 0 for verdict in verdicts.tolist()])
+    return _tally(task, verdicts.tolist())
 
 
 def _tally(task, verdicts):
-    groups = {}
-    for i, is_right in enumerate(verdicts):
+    groups, solved = {}, [verdict > 0 for verdict in verdicts]
+    for i, is_right in enumerate(solved):
         conversation = task[i]
         name = conversation.get("domain", conversation.get("subject"))
         if name is not None:
             passed, total = groups.get(name, (0, 0))
             groups[name] = (passed + is_right, total + 1)
-    return Score(sum(verdicts), len(verdicts), dict(sorted(groups.items())))
+    return Score(sum(solved), len(solved), dict(sorted(groups.items())), sum(verdicts) / len(verdicts))
 
 
 class _Progress:

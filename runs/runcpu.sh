@@ -42,7 +42,7 @@ stage base-loss python -m scripts.base_loss --model-tag="$TAG" --device-batch-si
 stage base-eval python -m scripts.base_eval --model-tag="$TAG" --max-per-task="$examples"
 
 chat=(--run="$WANDB_RUN" --model-tag="$TAG" --resume --seed="${SEED:-42}" --save-every=100)
-evaluate=(--model-tag="$TAG" --batch-size=16 --max-new-tokens=96 --max-problems="$problems")
+evaluate=(--model-tag="$TAG" --batch-size=16 --max-new-tokens=200 --max-problems="$problems")
 stage mid python -m scripts.mid_train "${chat[@]}" --max-seq-len=256 --device-batch-size=16 --total-batch-size=4096 \
     --num-iterations="${MID_STEPS:-350}" --eval-every=350 --eval-tokens=65536 ${missing_identity:+--allow-missing-identity}
 stage mid-eval python -m scripts.chat_eval --source=mid "${evaluate[@]}"

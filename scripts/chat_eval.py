@@ -94,7 +94,8 @@ def describe(passed, total):
 def print_score(name, score, num_samples, is_sampled):
     mark = f" ({dataset_label()})" if dataset_label() else ""
     measure = f"pass@{num_samples}" if is_sampled and num_samples > 1 else "accuracy"
-    print0(f"{name}{mark} {measure}: {describe(score.passed, score.total)}")
+    print0(f"{name}{mark} {measure}: {describe(score.passed, score.total)}"
+           + (f"; pass@1: {100 * score.pass_at_1:.2f} %" if measure != "accuracy" else ""))
     for group, counts in score.groups.items():
         print0(f"    {group:<32s} {describe(*counts)}")
 
@@ -131,7 +132,7 @@ def write_results(args, meta, scores, metrics):
     tasks = {}
     for name, score in scores.items():
         groups = {group: entry(*counts) for group, counts in score.groups.items()}
-        tasks[name] = entry(score.passed, score.total) | {"groups": groups}
+        tasks[name] = entry(score.passed, score.total) | {"pass_at_1": score.pass_at_1, "groups": groups}
     write_json(path, {"dataset": dataset_label() or "real", "args": vars(args), "model_tag": meta["model_tag"],
                       "step": meta["step"], "tasks": tasks, "metrics": metrics})
     return path

@@ -138,7 +138,7 @@ def test_chat_eval_takes_all_that_is_there_and_marks_it(base_dir, capsys):
 def test_chat_eval_of_chosen_tasks_labels_pass_at_n(base_dir, capsys):
     chat_eval.main(CHAT_EVAL + ["-a", "TinyWorld|ARC-Easy", "-n", "3", "-t", "1.0", "-x", "2"])
     out = capsys.readouterr().out
-    assert "TinyWorld (tinyworld) pass@3: 0.00 % (0/2, 95 % interval 0.00-65.76)" in out
+    assert "TinyWorld (tinyworld) pass@3: 0.00 % (0/2, 95 % interval 0.00-65.76); pass@1: 0.00 %" in out
     assert "ARC-Easy (tinyworld) accuracy: " in out and "TinyWorld-Choice" not in out
 
 
@@ -156,7 +156,7 @@ def test_run_chat_eval(base_dir):
 def test_chatcore_needs_its_six_tasks(monkeypatch, capsys):
     chance = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0, "HumanEval": 0.0, "SpellingBee": 0.0}
     monkeypatch.setattr(chat_eval, "EVALS", {name: SimpleNamespace(chance=value) for name, value in chance.items()})
-    scores = {name: Score(passed, 100, {}) for name, passed in zip(chance, [55, 40, 25, 10, 0, 100], strict=True)}
+    scores = {name: Score(passed, 100, {}, passed / 100) for name, passed in zip(chance, [55, 40, 25, 10, 0, 100], strict=True)}
     metrics = chat_eval.summarize(scores)
     assert metrics["ChatCORE metric"] == pytest.approx((0.4 + 0.2 + 0.0 + 0.1 + 0.0 + 1.0) / 6)
     assert metrics["ChatCORE without SpellingBee"] == pytest.approx((0.4 + 0.2 + 0.0 + 0.1 + 0.0) / 5)

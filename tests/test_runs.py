@@ -68,7 +68,8 @@ def test_every_command_of_a_run_file_has_valid_flags(tmp_path, name, data):
         if module == "nanochat.report":
             assert arguments in (["reset"], ["generate"])
         else:
-            assert program.check_args(program.build_parser().parse_args(arguments)) == [], line
+            args = program.build_parser().parse_args(arguments)
+            assert not vars(args) or program.check_args(args) == [], line
     for stage in ("tok_train", "base_train", "base_eval", "mid_train", "chat_sft", "chat_rl"):
         assert modules.count(stage) == 1, stage
     assert modules.count("chat_eval") == 3 and modules.count("report") == 2

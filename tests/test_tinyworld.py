@@ -190,7 +190,7 @@ def test_manifest_names_every_file_with_its_hash_and_the_last_shard_for_validati
 
 def test_other_data_in_the_base_directory_is_refused(tmp_path, monkeypatch):
     (tmp_path / "real" / "base_data").mkdir(parents=True)
-    with pytest.raises(UserError, match="shards of other data"):
+    with pytest.raises(UserError, match="holds other data"):
         make(tmp_path / "real", SMALL, monkeypatch)
     assert not (tmp_path / "real" / "manifest.json").exists()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "web"))

@@ -159,8 +159,8 @@ def write_hub(folder, world, num_conversations, num_questions, words, hidden_wor
 def generate(args):
     """Write everything; the manifest with the hashes comes last."""
     folder, world = Folder(get_base_dir()), World(args.facts, args.seed)
-    if read_manifest() is None and (folder.root / "base_data").is_dir():
-        raise UserError(f"{folder.root} holds shards of other data, and data sets never mix: choose another --base-dir")
+    if read_manifest() is None and any((folder.root / name).is_dir() for name in ("base_data", "hub", "eval_bundle")):
+        raise UserError(f"{folder.root} holds other data, and data sets never mix: choose another --base-dir")
     manifest = claim_base_dir("tinyworld", True)
     sizes = {name: factor * len(world.facts) if getattr(args, name) == -1 else getattr(args, name)
              for name, factor in PER_FACT.items()}
