@@ -65,6 +65,7 @@ def build_mixture(args):
     identity = os.path.join(get_base_dir(), "identity_conversations.jsonl")
     smoltalk = SmolTalk("train")
     scale = min(1, len(smoltalk) / SMOLTALK_ROWS)
+    counted = 20_000 if dataset_label() else 80_000 # long beside the short conversations of a small world
     mixture = TaskMixture([
         smoltalk,
         MMLU("auxiliary_train", "train"),
@@ -72,7 +73,7 @@ def build_mixture(args):
         CustomJSON(identity, allow_missing=args.allow_missing_identity),
         CustomJSON(identity, allow_missing=args.allow_missing_identity), # twice: two passes
         SimpleSpelling(size=max(1, round(200_000 * scale)), split="train"),
-        SpellingBee(size=max(1, round(80_000 * scale)), split="train"),
+        SpellingBee(size=max(1, round(counted * scale)), split="train"),
         *([TinyWorld(split="train")] if dataset_label() else []),
     ])
     mixture.print_sizes()
