@@ -9,6 +9,7 @@ the context wins under which the common continuation is likeliest. language_mode
 greedy decoding would say. Model and tokenizer are handed in.
 """
 import csv
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,8 @@ from nanochat.common import (UserError, dataset_label, download_file_with_lock, 
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip" # about 162 MB
 ITEMS_AT_ONCE = 256        # items whose prompts are held in memory and sorted by length together
-TOKENS_PER_FORWARD = 4096  # padding included; bounds the memory of the logits
+TOKENS_PER_FORWARD = 4096  # bounds the memory of logits and KV cache
+MIN_SHARED_TOKENS = 32     # a shorter common prefix is not worth a forward of its own
 
 # -----------------------------------------------------------------------------
 # Prompts: plain concatenation, nothing escaped, text of the data never interpreted
@@ -126,9 +128,9 @@ def batch_sequences_lm(tokenizer, prompts):
 
 
 def stack_sequences(tokens, pad_token_id):
-    """Lists of ids -> int64 tensor (B, longest), padded on the right."""
+    """Lists or tuples of ids -> int64 tensor (B, longest), padded on the right."""
     longest = max(map(len, tokens))
-    return torch.tensor([sequence + [pad_token_id] * (longest - len(sequence)) for sequence in tokens])
+    return torch.tensor([[*sequence, *[pad_token_id] * (longest - len(sequence))] for sequence in tokens])
 
 
 TASK_TYPES = {"multiple_choice": (render_prompts_mc, _spans_mc), "schema": (render_prompts_schema, _spans_schema),
@@ -140,7 +142,8 @@ class Sequence(NamedTuple):
     tokens: tuple
     start: int
     end: int
-    is_merged: bool # language_modeling: a token lies across the border of context and continuation
+    is_merged: bool       # language_modeling: a token lies across the border of context and continuation
+    is_long: bool = False # longer than the context of the model
 
 
 def _fewshot_indices(idx, num_items, num_fewshot):
@@ -151,11 +154,21 @@ def _fewshot_indices(idx, num_items, num_fewshot):
     return [i + (i >= idx) for i in drawn] # as if drawn from the list of all indices but idx
 
 
-def _crop(sequence, max_seq_len):
-    """Keep the last max_seq_len tokens; the scored ones must all be among them."""
-    removed = max(0, len(sequence.tokens) - max_seq_len)
+def _context(model):
+    """(tokens of the longest prompt that suits the model or None, are longer ones cut?)"""
+    if getattr(model, "max_seq_len", None) is not None: # Hugging Face models end there
+        return model.max_seq_len, True
+    return getattr(getattr(model, "config", None), "sequence_len", None), False # ours were trained on so many
+
+
+def _fit(sequence, context_len, is_cut):
+    """Note whether it is too long. If it is cut, the last tokens stay, and all scored ones must be among them."""
+    removed = max(0, len(sequence.tokens) - (context_len or math.inf))
+    sequence = sequence._replace(is_long=removed > 0)
+    if not (removed and is_cut):
+        return sequence
     if sequence.start < removed:
-        raise ValueError(f"{sequence.end - sequence.start} scored tokens do not fit into {max_seq_len} positions")
+        raise ValueError(f"{sequence.end - sequence.start} scored tokens do not fit into {context_len} positions")
     return sequence._replace(tokens=sequence.tokens[removed:], start=max(1, sequence.start - removed),
                              end=sequence.end - removed)
 
@@ -172,8 +185,7 @@ def _prepare(idx, model, tokenizer, data, task_meta):
         encoded = _encode(tokenizer, prompts)
         sequences = [Sequence(tuple(tokens), start, end, render is render_prompts_lm and start < len(encoded[0]))
                      for tokens, start, end in zip(*find_spans(encoded), strict=True)]
-        max_seq_len = getattr(model, "max_seq_len", None) # Hugging Face models have a limit, ours grow their tables
-        return sequences if max_seq_len is None else [_crop(sequence, max_seq_len) for sequence in sequences]
+        return [_fit(sequence, *_context(model)) for sequence in sequences]
     except (TypeError, ValueError) as error:
         where = f"item {idx}" + (f" with examples {', '.join(map(str, shots))}" if shots else "")
         raise ValueError(f"CORE task {task_meta.get('label', task_meta['task_type'])}, {where}: {error}") from error
@@ -194,19 +206,67 @@ def forward_model(model, input_ids):
     return losses, logits.argmax(dim=-1)
 
 
-def _run_sequences(sequences, model, tokenizer, device):
+class Group(NamedTuple):
+    """Sequences of one item that run together; their common prefix runs once."""
+    size: int   # number of sequences; groups of one size make a batch
+    cost: int   # tokens to run
+    shared: int # tokens of the prefix, 0 = none
+    sequences: tuple
+
+
+def _groups(sequences, model):
+    """All sequences of an item together where their common prefix pays, else each by itself; equal ones once."""
+    unique = tuple(sorted(set(sequences)))
+    # The token before the first scored one predicts it, so it is not part of the prefix.
+    shared = min(find_common_length([s.tokens for s in unique], "left"), min(s.start for s in unique) - 1)
+    if len(unique) == 1 or shared < MIN_SHARED_TOKENS or not hasattr(model, "logits_at"):
+        return [Group(1, len(sequence.tokens), 0, (sequence,)) for sequence in unique]
+    longest = max(len(sequence.tokens) for sequence in unique)
+    return [Group(len(unique), shared + len(unique) * (longest - shared), shared, unique)]
+
+
+def _fill_cache(groups, tail_len, model, pad_token_id):
+    """Run each group's prefix once: a KV cache with a row for every sequence and room for tail_len more tokens."""
+    from nanochat.engine import KVCache # of the same floor, and only models that have logits_at fill one
+    config, device = model.config, model.get_device()
+    prefixes = stack_sequences([group.sequences[0].tokens[:group.shared] for group in groups], pad_token_id).to(device)
+    cache, copies = (KVCache(num_rows, config.n_kv_head, prefixes.size(1) + more, config.n_embd // config.n_head,
+                             config.n_layer, device)
+                     for num_rows, more in ((len(groups), 0), (len(groups) * groups[0].size, tail_len)))
+    model.logits_at(prefixes, torch.empty(0, dtype=torch.long, device=device), cache)
+    cache.set_lengths([group.shared for group in groups]) # what lies beyond is padding
+    copies.prefill(cache)
+    return copies
+
+
+@torch.no_grad()
+def _run_groups(groups, model, pad_token_id, device):
+    """Scores of groups with equally many sequences, as `_run_items` returns them."""
+    rows = [(group.shared, sequence) for group in groups for sequence in group.sequences]
+    ids = stack_sequences([sequence.tokens[shared:] for shared, sequence in rows], pad_token_id).to(device)
+    before = torch.tensor([row * ids.size(1) + p - shared for row, (shared, sequence) in enumerate(rows)
+                           for p in range(sequence.start - 1, sequence.end - 1)], device=device)
+    targets = ids.flatten()[before + 1]
+    if hasattr(model, "logits_at"):
+        cache = _fill_cache(groups, ids.size(1), model, pad_token_id) if groups[0].shared else None
+        logits = model.logits_at(ids, before, cache)
+        losses, predictions = F.cross_entropy(logits, targets, reduction="none"), logits.argmax(dim=-1)
+    else:
+        losses, predictions = (values.flatten()[before] for values in forward_model(model, ids))
+    span_lens = [sequence.end - sequence.start for _, sequence in rows]
+    spans = zip(rows, losses.split(span_lens), (predictions == targets).split(span_lens), strict=True)
+    return {sequence: (loss.mean().item(), is_greedy.all().item()) for (_, sequence), loss, is_greedy in spans}
+
+
+def _run_items(items, model, tokenizer, device):
     """{sequence: (mean loss of its span, are all its greedy predictions right)}, batched with others of like length."""
-    scores = {}
-    waiting = sorted(set(sequences), key=lambda sequence: (len(sequence.tokens), sequence)) # equal ones run once
-    while waiting:
-        size = max(1, TOKENS_PER_FORWARD // len(waiting[-1].tokens))
-        batch, waiting = waiting[-size:], waiting[:-size] # the longest first: memory runs out early or never
-        ids = stack_sequences([list(sequence.tokens) for sequence in batch], tokenizer.get_bos_token_id()).to(device)
-        losses, predictions = forward_model(model, ids)
-        for row, sequence in enumerate(batch):
-            span, before = slice(sequence.start, sequence.end), slice(sequence.start - 1, sequence.end - 1)
-            is_greedy = torch.equal(predictions[row, before], ids[row, span])
-            scores[sequence] = (losses[row, before].mean().item(), is_greedy)
+    scores, groups = {}, {group for sequences in items for group in _groups(sequences, model)}
+    for _, same_size in itertools.groupby(sorted(groups), key=lambda group: group.size):
+        waiting = list(same_size)
+        while waiting:
+            count = max(1, TOKENS_PER_FORWARD // waiting[-1].cost)
+            batch, waiting = waiting[-count:], waiting[:-count] # the longest first: memory runs out early or never
+            scores.update(_run_groups(batch, model, tokenizer.get_bos_token_id(), device))
     return scores
 
 
@@ -219,11 +279,11 @@ def _is_right(item, scores, task_type):
 
 
 def _evaluate_items(indices, model, tokenizer, data, device, task_meta):
-    """[is it right, is_merged of its first sequence] for each of these items, run together."""
+    """[is it right, is a border merged, is a prompt too long] for each of these items, run together."""
     prepared = [_prepare(idx, model, tokenizer, data, task_meta) for idx in indices]
-    scores = _run_sequences([sequence for item in prepared for sequence in item], model, tokenizer, device)
-    return [[_is_right(data[idx], [scores[sequence] for sequence in item], task_meta["task_type"]), item[0].is_merged]
-            for idx, item in zip(indices, prepared, strict=True)]
+    scores = _run_items(prepared, model, tokenizer, device)
+    return [[_is_right(data[idx], [scores[sequence] for sequence in item], task_meta["task_type"]), item[0].is_merged,
+             any(sequence.is_long for sequence in item)] for idx, item in zip(indices, prepared, strict=True)]
 
 
 def evaluate_example(idx, model, tokenizer, data, device, task_meta):
@@ -243,7 +303,7 @@ def evaluate_task(model, tokenizer, data, device, task_meta, max_examples=None):
     label = task_meta.get("label", "CORE task")
     num_items = len(data) if max_examples is None or max_examples <= 0 else min(max_examples, len(data))
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp_initialized() else (0, 1)
-    verdicts = torch.zeros(num_items, 2, device=device) # right, merged
+    verdicts = torch.zeros(num_items, 3, device=device) # right, merged, too long
     mine = range(rank, num_items, world_size)
     with tqdm(total=len(mine), desc=label, leave=False, disable=rank > 0 or None) as bar: # None: on terminals only
         for first in range(0, len(mine), ITEMS_AT_ONCE):
@@ -253,9 +313,13 @@ def evaluate_task(model, tokenizer, data, device, task_meta, max_examples=None):
             bar.update(len(indices))
     if is_ddp_initialized():
         dist.all_reduce(verdicts)
-    accuracy, merged = verdicts.mean(dim=0).tolist()
+    accuracy, merged, too_long = verdicts.mean(dim=0).tolist()
     if merged:
         print0(f"{label}: in {100 * merged:.1f}% of the items a token spans the border of context and continuation")
+    if too_long:
+        context_len, is_cut = _context(model)
+        print0(f"{label}: in {round(too_long * num_items)} of {num_items} items a prompt exceeds the model's context "
+               f"of {context_len} tokens, {'its beginning is cut off' if is_cut else 'it is run whole'}")
     return accuracy
 
 # -----------------------------------------------------------------------------

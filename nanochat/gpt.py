@@ -353,6 +353,16 @@ class GPT(nn.Module):
             return loss
         return loss / (targets != -1).sum()
 
+    def logits_at(self, idx, at, kv_cache=None):
+        """
+        `forward` for a few positions: the head is most of a small model's work.
+
+        at        (N,) int64, indices into the flattened B*T positions; may be empty, to fill a cache only
+        Returns   fp32 logits (N, V)
+        """
+        x = self._hidden(idx, kv_cache, Block.forward).flatten(0, 1)[at]
+        return softcapped_logits(x, self.lm_head.weight[:self.config.vocab_size])
+
     @torch.inference_mode()
     def generate(self, tokens, max_tokens, temperature=1.0, top_k=None, seed=42):
         """

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from dev import bench_eval
 from nanochat import core_eval
 from nanochat.common import UserError, claim_base_dir
 from nanochat.core_eval import (batch_sequences_lm, batch_sequences_mc, batch_sequences_schema, evaluate_example,
@@ -225,8 +226,7 @@ def test_language_modeling_is_right_when_greedy_decoding_says_it(continuation, r
     assert evaluate_example(0, alphabet, CharTokenizer(), data, "cpu", meta) is right
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_real_model_beyond_its_context(kind):
+def real_model(dtype=torch.float64):
     torch.manual_seed(1)
     config = GPTConfig(sequence_len=32, vocab_size=256, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, window_pattern="S")
     model = GPT(config)
@@ -234,8 +234,31 @@ def test_the_real_model_beyond_its_context(kind):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn(parameter.shape)
-    model.double()
-    data, meta, tokenizer = make_data(kind, n=12), make_meta(kind, num_fewshot=4), CharTokenizer()
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("min_shared, budget, dtype, tolerance", [
+    (1, 1, torch.float64, 1e-9), (32, 500, torch.float64, 1e-9), (10**6, 1, torch.float64, 1e-9),
+    (32, 500, torch.float32, 1e-5),
+])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_real_model_with_shared_prefixes_and_beyond_its_context(monkeypatch, kind, min_shared, budget, dtype,
+                                                                    tolerance):
+    monkeypatch.setattr(core_eval, "TOKENS_PER_FORWARD", budget)
+    monkeypatch.setattr(core_eval, "MIN_SHARED_TOKENS", min_shared)
+    model, tokenizer, data, meta = real_model(dtype), CharTokenizer(), make_data(kind, n=12), make_meta(kind, 4)
+    items = [core_eval._prepare(i, model, tokenizer, data, meta) for i in range(len(data))]
+    tokens_run, logits_at = [], model.logits_at
+    monkeypatch.setattr(model, "logits_at", lambda ids, *args: tokens_run.append(ids.numel()) or logits_at(ids, *args))
+    scores = core_eval._run_items(items, model, tokenizer, "cpu")
+    for sequence in {sequence for item in items for sequence in item}:
+        losses, argmax = run_alone(model, list(sequence.tokens))
+        span = slice(sequence.start - 1, sequence.end - 1)
+        assert scores[sequence][0] == pytest.approx(sum(losses[span]) / len(losses[span]), rel=tolerance)
+        assert scores[sequence][1] == (argmax[span] == list(sequence.tokens[sequence.start:sequence.end]))
+    if budget == 1 and kind != "language_modeling": # one item at a time: few tokens are padding
+        whole = sum(len(sequence.tokens) for item in items for sequence in set(item))
+        assert sum(tokens_run) < 0.7 * whole if min_shared == 1 else sum(tokens_run) == whole
     expected = [reference(i, model, tokenizer, data, meta) for i in range(len(data))]
     assert evaluate_task(model, tokenizer, data, "cpu", meta) == pytest.approx(sum(expected) / len(expected))
 
@@ -280,6 +303,18 @@ def test_merged_borders_are_reported(capsys):
     meta = make_meta("language_modeling", delimiter="")
     evaluate_task(TinyModel(), CharTokenizer(merges=["bc"]), data, "cpu", meta)
     assert "a-task: in 50.0% of the items" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model, words", [
+    (TinyModel(max_seq_len=12), "a-task: in 2 of 3 items a prompt exceeds the model's context of 12 tokens, its begin"),
+    (real_model(), "a-task: in 1 of 3 items a prompt exceeds the model's context of 32 tokens, it is run whole"),
+    (TinyModel(), None),
+])
+def test_prompts_that_are_too_long_are_reported(capsys, model, words):
+    data = [{"query": "q" * length, "choices": ["a", "bb"], "gold": 0} for length in (8, 9, 30)] # + bos, blank, choice
+    evaluate_task(model, CharTokenizer(), data, "cpu", make_meta("multiple_choice"))
+    printed = capsys.readouterr().out
+    assert words in printed if words else not printed
 
 # ---- bad data ----
 
@@ -347,6 +382,16 @@ def test_the_metric_is_the_mean_of_centred_accuracies(base_dir, capsys, max_per_
     assert out["core_metric"] == pytest.approx(sum(centered) / 3)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"{kind} (2-shot, {kind})" for kind in KINDS]
+
+
+def test_the_benchmark_compares_both_sides(tmp_path, capsys):
+    write_bundle(tmp_path)
+    flags = "--vocab-size 300 --depth 1 --seq-len 64 --examples 2 --prompts 3 --new-tokens 4".split()
+    bench_eval.main(["--bundle", str(tmp_path), *flags])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["ratio"] > 0 and set(result["ratios"]) == {*KINDS, "sampling"}
+    assert result["different_predictions"] == result["different_samples"] == 0
+    assert result["largest_loss_difference"] < 1e-4
 
 
 def test_scores_on_synthetic_data_are_marked(base_dir, capsys):

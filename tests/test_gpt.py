@@ -303,6 +303,15 @@ def test_a_full_cache_is_noticed_before_anything_is_written_and_gradients_may_be
         model(torch.randint(0, 50, (2, 2)), kv_cache=cache)
 
 
+def test_logits_at_some_positions_equal_those_of_forward():
+    model, ids, at = small(), torch.randint(50, (2, 9)), torch.tensor([13, 0, 8])
+    cache = KVCache(2, 2, 9, 16, 3, "cpu")
+    assert model.logits_at(ids[:, :4], at[:0], cache).shape == (0, 50)
+    expected = model(ids)
+    torch.testing.assert_close(model.logits_at(ids, at), expected.flatten(0, 1)[at])
+    torch.testing.assert_close(model.logits_at(ids[:, 4:], torch.arange(10), cache), expected[:, 4:].flatten(0, 1))
+
+
 def test_every_parameter_is_written_by_the_initialisation():
     with torch.device("meta"):
         model = GPT(GPTConfig(16, 50, 3, 4, 2, 64))
