@@ -19,6 +19,7 @@ from nanochat.checkpoint_manager import (check_parent, checkpoint_dir, delete_st
 from nanochat.common import DTYPES, UserError, dataset_label, get_compute_dtype, init_wandb, print0
 from nanochat.dataloader import conversation_steps
 from nanochat.gpt import Block
+from nanochat.report import get_report
 from nanochat.training import (MetricsLog, accumulate, check_loss, check_weights, compile_model, is_due,
                                number_problems, refuse_changes, set_schedule)
 
@@ -78,7 +79,7 @@ class Run:
     sources  stages that it can start from
     fixed    names of the script's own flags that change the mathematics
     metrics  names of the metrics in the meta of a step, null until they are known; the first says that it was evaluated
-    loop     whatever the loop must know after a resume, plain JSON
+    loop     whatever the loop must know after a resume, plain JSON; total_time = seconds of training
     """
 
     def __init__(self, args, compute, stage, sources, fixed, metrics, **loop):
@@ -97,7 +98,8 @@ class Run:
         self.seq_len = getattr(args, "max_seq_len", -1)
         self.seq_len = self.seq_len if self.seq_len > 0 else self.model.config.sequence_len
         self.optimizer = build_optimizer(self.model, args)
-        self.parent, self.saved_step, self.data_state, self.loop = meta, None, None, {"is_last": False, **loop}
+        self.parent, self.saved_step, self.data_state = meta, None, None
+        self.loop = {"is_last": False, "total_time": 0.0, **loop}
         self.saved_lineage, self.finished = {}, False
         if resume_step is not None:
             self._resume(meta, (*FIXED_ON_RESUME, *fixed))
@@ -176,6 +178,15 @@ class Run:
         }, rank=self.compute.ddp_rank, tokenizer=self.tokenizer)
         self.saved_step = step
         print0(f"Saved step {step} to {self.folder}")
+
+    def report(self, section, outcome):
+        """The end of the run, on the console and in the report."""
+        outcome = {**outcome, "DDP world size": self.compute.ddp_world_size,
+                   "Total training time": f"{self.loop['total_time'] / 60:.2f}m"}
+        for name, value in outcome.items():
+            print0(f"{name}: {value}")
+        if not self.dry_run:
+            get_report().log(section, [vars(self.args), outcome])
 
     def learn(self, rows, step, lr, momentum=None):
         """One update on this rank's rows (inputs, targets); returns (mean loss in nats, targets), both of all ranks."""

@@ -34,7 +34,6 @@ from nanochat.chat_training import Run, add_flags, flag_problems
 from nanochat.common import compute_cleanup, compute_init, dataset_label, print0, run_main
 from nanochat.engine import Engine, derive_seed
 from nanochat.gpt import softcapped_logits
-from nanochat.report import get_report
 from nanochat.training import Stop, check_loss, is_due, lr_multiplier, try_evaluation
 from tasks.registry import REWARDED
 
@@ -223,18 +222,12 @@ def train(run, train_task, val_task, num_steps):
             run.wandb.log({"step": step, "lrm": multiplier, **{f"train/{k}": v for k, v in statistics.items()}})
 
 
-def report(run, num_steps, metrics):
-    """The end of the run, on the console and in the report."""
+def outcome_of(run, num_steps, metrics):
     mark = f" ({dataset_label()})" if dataset_label() else ""
-    first = run.loop["first_metrics"]
-    outcome = {"Task": run.args.task + mark, "Number of iterations": num_steps,
-               "DDP world size": run.compute.ddp_world_size, "Mean reward of the last step": run.loop["reward"],
-               **{f"{name} before": value for name, value in first.items()},
-               **{f"{name} after": value for name, value in metrics.items()},
-               "Total training time": f"{run.loop['total_time'] / 60:.2f}m"}
-    for name, value in outcome.items():
-        print0(f"{name}: {value}")
-    get_report().log("Chat RL", [vars(run.args), outcome])
+    return {"Task": run.args.task + mark, "Number of iterations": num_steps,
+            "Mean reward of the last step": run.loop["reward"],
+            **{f"{name} before": value for name, value in run.loop["first_metrics"].items()},
+            **{f"{name} after": value for name, value in metrics.items()}}
 
 
 def main(argv=None):
@@ -247,7 +240,7 @@ def main(argv=None):
         raise ValueError(f"--examples-per-step must be a multiple of the {compute.ddp_world_size} ranks, "
                          f"got {args.examples_per_step}")
     run = Run(args, compute, "rl", SOURCES, FIXED, tuple(f"pass@{k}" for k in range(1, args.eval_samples + 1)),
-              first_metrics={}, reward=None, total_time=0.0)
+              first_metrics={}, reward=None)
     make = REWARDED[args.task]
     val_task, train_task = make(stop=args.eval_examples), make(start=args.eval_examples)
     num_steps = len(train_task) // args.examples_per_step * args.num_epochs
@@ -260,7 +253,8 @@ def main(argv=None):
     else:
         print0(f"{num_steps:,} steps of {args.examples_per_step} questions x {args.num_samples} answers, "
                f"{len(val_task)} questions for evaluation")
-        report(run, num_steps, train(run, train_task, val_task, num_steps))
+        metrics = train(run, train_task, val_task, num_steps)
+        run.report("Chat RL", outcome_of(run, num_steps, metrics))
     run.wandb.finish()
     compute_cleanup()
 

@@ -22,7 +22,6 @@ import torch
 
 from nanochat.chat_training import Run, add_flags, flag_problems, packing_report
 from nanochat.common import UserError, compute_cleanup, compute_init, dataset_label, get_base_dir, print0, run_main
-from nanochat.report import get_report
 from nanochat.task_eval import evaluate_categorical
 from nanochat.training import Stop, is_due, lr_multiplier, try_evaluation
 from tasks.arc import ARC
@@ -150,15 +149,9 @@ def train(run, train_task, val_task, metric_tasks, num_steps):
             run.wandb.log({"step": step, "train_loss": loss, "lrm": multiplier, "num_tokens": num_tokens})
 
 
-def report(run, num_rows, num_steps, metrics):
-    """The end of the run, on the console and in the report."""
-    outcome = {"Training rows": num_rows, "Number of iterations": num_steps,
-               "DDP world size": run.compute.ddp_world_size, "Training loss": run.loop["train_loss"],
-               "Validation loss": metrics.get("val_loss"), **packing_report(run.data_state["counters"]),
-               "Total training time": f"{run.loop['total_time'] / 60:.2f}m"}
-    for name, value in outcome.items():
-        print0(f"{name}: {value}")
-    get_report().log("Chat SFT", [vars(run.args), outcome])
+def outcome_of(run, num_rows, num_steps, metrics):
+    return {"Training rows": num_rows, "Number of iterations": num_steps, "Training loss": run.loop["train_loss"],
+            "Validation loss": metrics.get("val_loss"), **packing_report(run.data_state["counters"])}
 
 
 def main(argv=None):
@@ -168,7 +161,7 @@ def main(argv=None):
         parser.error("; ".join(problems))
     compute = compute_init(args.device_type, args.seed)
     run = Run(args, compute, "sft", SOURCES, ("num_epochs", "target_examples_per_step"),
-              ("val_loss", "mmlu_acc", "arc_easy_acc"), train_loss=None, total_time=0.0)
+              ("val_loss", "mmlu_acc", "arc_easy_acc"), train_loss=None)
     tasks = build_mixture(args), SmolTalk("test"), build_metric_tasks(args)
     num_steps = count_steps(args, len(tasks[0]))
     if run.finished:
@@ -176,7 +169,8 @@ def main(argv=None):
     else:
         print0(f"{num_steps:,} steps of {args.target_examples_per_step} conversations, {run.seq_len} tokens a row")
         run.compile()
-        report(run, len(tasks[0]), num_steps, train(run, *tasks, num_steps))
+        metrics = train(run, *tasks, num_steps)
+        run.report("Chat SFT", outcome_of(run, len(tasks[0]), num_steps, metrics))
     run.wandb.finish()
     compute_cleanup()
 

@@ -22,7 +22,6 @@ from nanochat.chat_training import Run, add_flags, flag_problems, packing_report
 from nanochat.common import compute_cleanup, compute_init, dataset_label, get_base_dir, print0, run_main
 from nanochat.dataloader import prefetched
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.report import get_report
 from nanochat.tokenizer import token_bytes_of
 from nanochat.training import (LossMeter, Stop, Throughput, grad_accum_steps, muon_momentum, peak_flops,
                                try_evaluation)
@@ -145,25 +144,13 @@ def train(run, train_task, val_task):
                                "train/tok_per_sec": speed.tok_per_sec, "train/mfu": speed.mfu})
 
 
-def report(run, num_steps):
-    """The end of the run, on the console and in the report."""
-    outcome = {"Number of iterations": num_steps, "DDP world size": run.compute.ddp_world_size,
-               "Minimum validation bpb": run.loop["min_val_bpb"], **packing_report(run.data_state["counters"]),
-               "Total training time": f"{run.loop['total_time'] / 60:.2f}m"}
-    for name, value in outcome.items():
-        print0(f"{name}: {value}")
-    if not run.args.dry_run:
-        get_report().log("Midtraining", [vars(run.args), outcome])
-
-
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     if problems := check_args(args):
         parser.error("; ".join(problems))
     compute = compute_init(args.device_type, args.seed)
-    run = Run(args, compute, "mid", SOURCES, ("total_batch_size",), ("val_bpb",), loss_meter={}, min_val_bpb=None,
-              total_time=0.0)
+    run = Run(args, compute, "mid", SOURCES, ("total_batch_size",), ("val_bpb",), loss_meter={}, min_val_bpb=None)
     grad_accum_steps(args.total_batch_size, args.device_batch_size, run.seq_len, compute.ddp_world_size) # or an error
     before = run.parent.get("user_config", {}).get("device_batch_size", args.device_batch_size)
     if args.device_batch_size > before:
@@ -174,7 +161,10 @@ def main(argv=None):
         print0(f"Nothing to do: {run.folder} is complete at step {run.saved_step}")
     else:
         run.compile()
-        report(run, train(run, train_task, val_task))
+        num_steps = train(run, train_task, val_task)
+        run.report("Midtraining", {"Number of iterations": num_steps,
+                                   "Minimum validation bpb": run.loop["min_val_bpb"],
+                                   **packing_report(run.data_state["counters"])})
     run.wandb.finish()
     compute_cleanup()
 

@@ -42,8 +42,7 @@ def tiny_run(tokenizer, *flags, dtype=torch.float32):
                                               "--examples-per-step", "4", "--eval-examples", "4", "--eval-every", "-1",
                                               "--overwrite", *flags])
     save_tiny_model(tokenizer, "sft")
-    run = chat_training.Run(args, CPU, "rl", chat_rl.SOURCES, chat_rl.FIXED, ("pass@1",), first_metrics={}, reward=None,
-                            total_time=0.0)
+    run = chat_training.Run(args, CPU, "rl", chat_rl.SOURCES, chat_rl.FIXED, ("pass@1",), first_metrics={}, reward=None)
     run.model = tiny_model(tokenizer, dtype)
     run.optimizer = chat_training.build_optimizer(run.model, args)
     run.model.losses_fn = functools.partial(chat_rl.policy_losses, temperature=args.temperature, top_k=args.top_k)

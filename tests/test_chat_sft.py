@@ -37,7 +37,7 @@ def tiny_run(tokenizer, *flags, dtype=torch.float32, compute=CPU):
     args = chat_sft.build_parser().parse_args([*QUIET, "--source", "base", "--target-examples-per-step", "8",
                                                "--init-lr-frac", "0.2", "--overwrite", *flags])
     save_tiny_model(tokenizer)
-    run = chat_training.Run(args, compute, "sft", chat_sft.SOURCES, (), ("val_loss",), train_loss=None, total_time=0.0)
+    run = chat_training.Run(args, compute, "sft", chat_sft.SOURCES, (), ("val_loss",), train_loss=None)
     run.model = tiny_model(tokenizer, dtype)
     run.optimizer = chat_training.build_optimizer(run.model, args)
     return run

@@ -156,7 +156,8 @@ def test_run_chat_eval(base_dir):
 def test_chatcore_needs_its_six_tasks(monkeypatch, capsys):
     chance = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0, "HumanEval": 0.0, "SpellingBee": 0.0}
     monkeypatch.setattr(chat_eval, "EVALS", {name: SimpleNamespace(chance=value) for name, value in chance.items()})
-    scores = {name: Score(passed, 100, {}, passed / 100) for name, passed in zip(chance, [55, 40, 25, 10, 0, 100], strict=True)}
+    passed = zip(chance, [55, 40, 25, 10, 0, 100], strict=True)
+    scores = {name: Score(count, 100, {}, count / 100) for name, count in passed}
     metrics = chat_eval.summarize(scores)
     assert metrics["ChatCORE metric"] == pytest.approx((0.4 + 0.2 + 0.0 + 0.1 + 0.0 + 1.0) / 6)
     assert metrics["ChatCORE without SpellingBee"] == pytest.approx((0.4 + 0.2 + 0.0 + 0.1 + 0.0) / 5)

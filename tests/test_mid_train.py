@@ -74,7 +74,7 @@ def test_resuming_equals_never_stopping_bit_for_bit(filled):
 
 def test_every_token_but_the_padding_is_learned_and_the_batch_is_whole(filled, tokenizer):
     args = mid_train.build_parser().parse_args(["--device-type", "cpu", *TOKENS])
-    run = Run(args, CPU, "mid", mid_train.SOURCES, (), ("val_bpb",), loss_meter={}, min_val_bpb=None, total_time=0.0)
+    run = Run(args, CPU, "mid", mid_train.SOURCES, (), ("val_bpb",), loss_meter={}, min_val_bpb=None)
     (inputs, targets), state = next(run.conversation_steps(Chat(), rows_per_step=1, learn_all=True))
     assert inputs.shape == (1, 256)
     length = state["counters"]["tokens"] # of whole conversations, the first one's bos among them
