@@ -148,7 +148,7 @@ def main(argv=None):
     dtype = get_compute_dtype(compute.device, args.dtype)
     model, tokenizer, meta = load_model(args.source, compute.device, "eval", args.model_tag, args.step, dtype)
     for gap in sandbox_gaps() if "HumanEval" in tasks else ():
-        print0(f"Sandbox for programs of the model, {gap}")
+        print0(f"HumanEval's sandbox is not complete: {gap}")
     engine, scores = Engine(model, tokenizer), {}
     for name, task in tasks.items():
         scores[name] = score_task(name, task, model, tokenizer, engine, args.batch_size, args.num_samples,
