@@ -15,6 +15,7 @@ from nanochat.checkpoint_manager import STAGE_DIRS, load_model
 from nanochat.common import (DTYPES, UserError, compute_cleanup, compute_init, dataset_label, get_base_dir,
                              get_compute_dtype, print0, run_main, write_json)
 from nanochat.engine import Engine
+from nanochat.execution import sandbox_gaps
 from nanochat.report import get_report
 from nanochat.task_eval import evaluate_categorical, evaluate_generative, wilson_interval
 from tasks.registry import EVALS, available_evals
@@ -147,6 +148,8 @@ def main(argv=None):
     tasks = build_tasks(args.task_name)
     dtype = get_compute_dtype(compute.device, args.dtype)
     model, tokenizer, meta = load_model(args.source, compute.device, "eval", args.model_tag, args.step, dtype)
+    for gap in sandbox_gaps() if "HumanEval" in tasks else ():
+        print0(f"HumanEval's sandbox is not complete: {gap}")
     engine, scores = Engine(model, tokenizer), {}
     for name, task in tasks.items():
         scores[name] = score_task(name, task, model, tokenizer, engine, args.batch_size, args.num_samples,

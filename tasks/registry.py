@@ -8,6 +8,7 @@ from typing import Callable, NamedTuple
 from nanochat.common import dataset_label, get_base_dir, hub_mirror_dir
 from tasks.arc import ARC
 from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.spellingbee import SpellingBee
 from tasks.tinyworld import TinyWorld
@@ -41,6 +42,7 @@ EVALS = {
                           partial(_has_mirror, "allenai/ai2_arc", "ARC-Challenge", "test")),
     "MMLU": Eval(partial(MMLU, "all", "test"), 0.25, partial(_has_mirror, "cais/mmlu", "all", "test")),
     "GSM8K": Eval(partial(GSM8K, "main", "test"), 0.0, partial(_has_mirror, "openai/gsm8k", "main", "test")),
+    "HumanEval": Eval(HumanEval, 0.0, partial(_has_mirror, "openai/openai_humaneval", None, "test")),
     "SpellingBee": Eval(partial(SpellingBee, size=256, split="test"), 0.0, _has_words),
     "TinyWorld": Eval(partial(TinyWorld, mode="free"), 0.0, _has_tinyworld),
     "TinyWorld-Choice": Eval(partial(TinyWorld, mode="choice"), 0.25, _has_tinyworld),

@@ -142,6 +142,19 @@ def test_chat_eval_of_chosen_tasks_labels_pass_at_n(base_dir, capsys):
     assert "ARC-Easy (tinyworld) accuracy: " in out and "TinyWorld-Choice" not in out
 
 
+def test_chat_eval_says_what_the_sandbox_cannot_enforce(base_dir, capsys, monkeypatch):
+    write_rows(hub_mirror_dir("openai/openai_humaneval", None, "test"), [{
+        "prompt": f"def f{i}(x):\n", "canonical_solution": "    return x\n", "entry_point": f"f{i}",
+        "test": f"def check(candidate):\n    assert candidate({i}) == {i}\n"} for i in range(2)])
+    monkeypatch.setattr(chat_eval, "sandbox_gaps", lambda: ["files: open"])
+    chat_eval.main(CHAT_EVAL + ["-a", "HumanEval|ARC-Easy"])
+    out = capsys.readouterr().out
+    assert out.count("HumanEval's sandbox is not complete: files: open") == 1
+    assert "HumanEval (tinyworld) accuracy: 0.00 % (0/2" in out
+    chat_eval.main(CHAT_EVAL + ["-a", "ARC-Easy"])
+    assert "sandbox" not in capsys.readouterr().out
+
+
 def test_chat_eval_of_a_named_task_without_data_is_an_error(base_dir):
     with pytest.raises(UserError, match="synthetic data set tinyworld"):
         chat_eval.main(CHAT_EVAL + ["-a", "MMLU"])

@@ -404,15 +404,16 @@ def test_the_module_prints_ten_examples(base_dir, capsys):
 
 def test_every_evaluation_has_a_constructor_and_its_chance(mirror):
     from tasks.registry import EVALS
-    assert list(EVALS) == ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "SpellingBee", "TinyWorld", "TinyWorld-Choice"]
-    assert [entry.chance for entry in EVALS.values()] == [0.25, 0.25, 0.25, 0.0, 0.0, 0.0, 0.25]
+    assert list(EVALS) == ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee", "TinyWorld",
+                           "TinyWorld-Choice"]
+    assert [entry.chance for entry in EVALS.values()] == [0.25, 0.25, 0.25, 0.0, 0.0, 0.0, 0.0, 0.25]
     mirror("openai/gsm8k", "main", "test", [{"question": str(i), "answer": "#### 1"} for i in range(5)])
     assert len(EVALS["GSM8K"].make(stop=3)) == 3
 
 
 def test_available_evaluations_are_the_local_ones_of_synthetic_data(mirror, base_dir):
     from tasks.registry import available_evals
-    assert available_evals() == ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "SpellingBee"]
+    assert available_evals() == ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
     claim_base_dir("tinyworld", synthetic=True)
     assert available_evals() == []
     mirror("nanochat/tinyworld", None, "test", [{"a": 1}])
