@@ -3,10 +3,10 @@ Does reinforcement learning beat as much more finetuning? On tinyworld's held-ou
 
     python -m dev.bench_rl --base-dir ~/.cache/nanochat/tinyworld --seeds 42 43 44 --steps 40
 
-From the newest finetuned checkpoint of the base directory, for each seed: chat_rl for --steps steps; then chat_sft with the
-same checkpoint as its source for as many steps as take the same time; then both, and the checkpoint itself, answer the
-held-out problems (of TinyWorld and of the GSM8K stand-in) --samples times each at temperature 1. Everything is written to a
-folder of its own. The last line is JSON: pass@1 before, and after each of the two, by seed.
+From the newest finetuned checkpoint of the base directory, for each seed: chat_rl for --steps steps; then chat_sft
+with the same checkpoint as its source for as many steps as take the same time; then both, and the checkpoint itself,
+answer the held-out problems (of TinyWorld and of the GSM8K stand-in) --samples times each at temperature 1. Everything
+is written to a folder of its own. The last line is JSON: pass@1 before, and after each of the two, by seed.
 """
 import argparse
 import json
@@ -84,7 +84,7 @@ def main(argv=None):
             after_rl, (seconds, _) = pass_at_1("rl", args.samples), seconds_of("rl")
             fork(base, Path(scratch, f"sft{seed}"), "mid")
             chat_sft.main(["--source=mid", f"--seed={seed}", f"--num-iterations={round(seconds / step_seconds)}",
-                           "--device-batch-size=16", "--target-examples-per-step=64", "--init-lr-frac=0.3",
+                           "--device-batch-size=16", "--target-examples-per-step=64", "--init-lr-frac=0.08",
                            "--eval-every=-1", "--eval-metrics-every=-1"])
             results.append({"seed": seed, "seconds": {"rl": seconds, "sft": seconds_of("sft")[0]}, "before": before,
                             "rl": after_rl, "sft": pass_at_1("sft", args.samples)})

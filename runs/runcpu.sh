@@ -44,14 +44,15 @@ stage base-eval python -m scripts.base_eval --model-tag="$TAG" --max-per-task="$
 chat=(--run="$WANDB_RUN" --model-tag="$TAG" --resume --seed="${SEED:-42}" --save-every=100)
 evaluate=(--model-tag="$TAG" --batch-size=16 --max-new-tokens=200 --max-problems="$problems")
 stage mid python -m scripts.mid_train "${chat[@]}" --max-seq-len=256 --device-batch-size=16 --total-batch-size=4096 \
-    --num-iterations="${MID_STEPS:-350}" --eval-every=350 --eval-tokens=65536 ${missing_identity:+--allow-missing-identity}
+    --num-iterations="${MID_STEPS:-400}" --init-lr-frac=0.3 --eval-every=200 --eval-tokens=65536 \
+    ${missing_identity:+--allow-missing-identity}
 stage mid-eval python -m scripts.chat_eval --source=mid "${evaluate[@]}"
 stage sft python -m scripts.chat_sft "${chat[@]}" --source=mid --device-batch-size=16 --target-examples-per-step=64 \
-    --num-iterations="${SFT_STEPS:-80}" --init-lr-frac=0.3 --eval-every=40 --eval-steps=5 --eval-metrics-every=-1 \
+    --num-iterations="${SFT_STEPS:-100}" --init-lr-frac=0.08 --eval-every=50 --eval-steps=5 --eval-metrics-every=-1 \
     ${missing_identity:+--allow-missing-identity}
 stage sft-eval python -m scripts.chat_eval --source=sft "${evaluate[@]}"
-stage rl python -m scripts.chat_rl "${chat[@]}" --task="$rewarded" --num-iterations="${RL_STEPS:-40}" \
-    --max-new-tokens=64 --eval-every=20 --eval-examples=100 --eval-samples=4
+stage rl python -m scripts.chat_rl "${chat[@]}" --task="$rewarded" --num-iterations="${RL_STEPS:-40}" --num-samples=8 \
+    --device-batch-size=32 --max-new-tokens=64 --eval-every=20 --eval-examples=100 --eval-samples=4
 stage rl-eval python -m scripts.chat_eval --source=rl "${evaluate[@]}" --task-name="$judged"
 stage report python -m nanochat.report generate
 

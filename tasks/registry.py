@@ -65,5 +65,5 @@ def available_evals():
 REWARDED = {
     "GSM8K": partial(GSM8K, "main", "train"),
     "SpellingBee": partial(SpellingBee, size=8000, split="train"),
-    "TinyWorld-Arithmetic": partial(TinyWorld, split="train", domain="arithmetic"),
+    "TinyWorld-Arithmetic": partial(TinyWorld, split="practice"),
 }

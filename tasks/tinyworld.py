@@ -35,14 +35,15 @@ class TinyWorld(Task):
     """
     mode    "free": an answer is generated and judged by its text; "choice": the letter of one of four options
     split   "test" (held out) or, in free mode, "train" (tool calls and spelling, the rest of the training
-            conversations being in the SmolTalk stand-in)
+            conversations being in the SmolTalk stand-in) and "practice" (arithmetic for reinforcement learning, in
+            phrasings that have no worked examples)
     domain  keep the questions of this one only
     """
 
     def __init__(self, mode="free", split="test", domain=None, **slice_kwargs):
         super().__init__(**slice_kwargs)
         self.mode = one_of("TinyWorld's mode", mode, ("free", "choice"))
-        allowed = ("test", "train") if mode == "free" else ("test",)
+        allowed = ("test", "train", "practice") if mode == "free" else ("test",)
         self.split = one_of(f"TinyWorld's split in {mode} mode", split, allowed)
         columns = ("messages_json",) if mode == "free" else ("question", "choices", "gold")
         self.data = load_rows("nanochat/tinyworld", None, split, "domain", *columns)

@@ -16,6 +16,7 @@ from dev.tinyworld import exercises, facts, generate, prose, stories
 from dev.tinyworld.conversations import TALK
 from nanochat.common import UserError, claim_base_dir, file_sha256
 from tasks.customjson import CustomJSON
+from tasks.registry import REWARDED
 from tasks.tinyworld import REFUSAL, TinyWorld, last_number, last_spelling, mentions
 
 SMALL = ["--facts", "60", "--documents", "300", "--conversations", "300", "--questions", "100"]
@@ -77,7 +78,8 @@ def asked(base, held_out):
         found += [item.get("query", item.get("context")).removeprefix("Question: ") for item in bundle]
         return found + benchmark_questions(base, "test", "validation", "dev")
     in_documents = re.findall(r"^(?:Question: (.+)|[A-Z][a-z]+: (.+\?))$", "\n".join(texts(base)), re.MULTILINE)
-    return found + [block or line for block, line in in_documents] + benchmark_questions(base, "train")
+    practice = [row["question"] for row in rows(base, "hub/nanochat/*/*/practice/*.parquet")]
+    return found + [block or line for block, line in in_documents] + benchmark_questions(base, "train") + practice
 
 
 def skeletons(questions, world):
@@ -132,6 +134,7 @@ def check_held_out_rules(base, num_facts):
     sums = ["\n".join([str(row) for row in rows(base, f"hub/openai/gsm8k/*/{split}/*.parquet")] +
                       [row["messages_json"] for row in rows(base, f"hub/nanochat/*/*/{split}/*.parquet")
                        if row["domain"] == "arithmetic"]) for split in ("train", "test")]
+    sums[0] += "\n".join(row["question"] for row in rows(base, "hub/nanochat/*/*/practice/*.parquet"))
     sums[0] += "\n".join(text for text in texts(base) if "Expression:" in text)
     train_numbers, test_numbers = ({int(n) for n in re.findall(r"\d+", text) if int(n) > 100} for text in sums)
     assert len(train_numbers) > 500 and len(test_numbers) > 50
@@ -364,6 +367,20 @@ def test_training_split_has_tool_calls_and_choice_mode_has_none(small, monkeypat
     assert {type(talk["messages"][-1]["content"]) for talk in talks} == {str, list}
     with pytest.raises(ValueError, match="split in choice mode must be one of test"):
         TinyWorld(mode="choice", split="train")
+
+
+def test_practice_is_arithmetic_that_no_worked_example_is_phrased_like(small, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(small))
+    practice = list(REWARDED["TinyWorld-Arithmetic"](stop=200))
+    def shapes(talks): # numbers and, with them, the tales' people and goods aside
+        said = {re.sub(r"\d+", "#", talk["messages"][0]["content"]) for talk in talks}
+        return {text for text in said if "#" in text}
+    assert not shapes(practice) & shapes(TinyWorld(split="train"))
+    assert {talk["domain"] for talk in practice} == {"arithmetic"}
+    task = REWARDED["TinyWorld-Arithmetic"]()
+    for talk in practice:
+        right = talk["answers"][0]
+        assert task.reward(talk, f"So it is {right}.") == 1 and task.reward(talk, f"It is {right}0.") == 0
 
 
 @pytest.mark.parametrize("domain, answers, rivals, right, wrong", [

@@ -34,17 +34,19 @@ def calculation(rng, seed, split, word, a=None):
             return first, second, result
 
 
-def problem(rng, seed, split, plain_share, second_share=0.3):
+def problem(rng, seed, split, plain_share, second_share=0.3, is_practice=False):
     """
     A question for the calculator: a bare sum with probability `plain_share`, else a tale, some with a second step.
 
+    With `is_practice` the phrasings are others, which no worked answer is ever shown for.
     Returns (question, steps); a step is (expression, result), and the last result is the answer.
     """
+    phrasing, frame = ("practice", rng.choice(DATA["practice frames"])) if is_practice else (split, "{q}")
     word = rng.choice(list(SIGNS))
     a, b, result = calculation(rng, seed, split, word)
     steps = [(f"{a}{SIGNS[word]}{b}", result)]
     if rng.random() < plain_share:
-        return rng.choice(DATA["plain"][word][split]).format(a=a, b=b), steps
+        return frame.format(q=rng.choice(DATA["plain"][word][phrasing]).format(a=a, b=b)), steps
     entry, c = rng.choice(DATA["tales"][word]), 0
     tale = entry["tale"]
     if word != "times" and result < 4000 and rng.random() < second_share:
@@ -52,7 +54,8 @@ def problem(rng, seed, split, plain_share, second_share=0.3):
         steps.append((f"{result}+{c}", total))
         tale += " " + DATA["more"]
     slots = {"p": rng.choice(NAMES), "o": rng.choice(DATA["goods"]), "a": a, "b": b, "c": c}
-    return sentence(f"{tale} {rng.choice(entry[split])}", **slots), steps
+    question = rng.choice(DATA["practice tales"][word] if is_practice else entry[split])
+    return frame.format(q=sentence(f"{tale} {question}", **slots)), steps
 
 
 def annotated(steps):

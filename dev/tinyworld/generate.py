@@ -40,7 +40,7 @@ HELDOUT_WEIGHTS = {"fact": 0.6, "story": 0.2, "list": 0.05, "unknown": 0.15} # t
 ROWS = { # of the other stand-ins
     "arc": {"train": 800, "validation": 100, "test": 200}, "mmlu": {"test": 200, "validation": 100, "dev": 50},
     "mmlu auxiliary": 1500, "gsm8k": {"train": 2000, "test": 200}, "smoltalk test": 300, "tinyworld train": 1500,
-    "identity": 500, "core": 80} # core: items per task
+    "tinyworld practice": 1500, "identity": 500, "core": 80} # core: items per task
 PER_FACT = {"documents": 25, "conversations": 7} # defaults of the flags
 LEAST = {"facts": 40, "documents": 100, "conversations": 100, "questions": 20}
 SHARDS = 4 # for training; one more is for validation
@@ -153,6 +153,7 @@ def write_hub(folder, world, num_conversations, num_questions, words, hidden_wor
         folder.hub("openai/gsm8k", "main", split, heldout.gsm8k_rows(world, split, count))
     folder.hub("openai/openai_humaneval", "default", "test", load_data("humaneval.json"))
     folder.hub("nanochat/tinyworld", "default", "train", heldout.train_rows(world, ROWS["tinyworld train"], words))
+    folder.hub("nanochat/tinyworld", "default", "practice", heldout.practice_rows(world, ROWS["tinyworld practice"]))
     folder.hub("nanochat/tinyworld", "default", "test", heldout.test_rows(world, num_questions, hidden_words))
 
 

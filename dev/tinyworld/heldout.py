@@ -49,8 +49,8 @@ def fact_row(world, talker, fact, near=True):
     return row(fact.relation.domain, question, reference, answers, wrong, rivals, talker.rng)
 
 
-def arithmetic_row(world, rng, split):
-    question, steps = exercises.problem(rng, world.seed, split, plain_share=0.6)
+def arithmetic_row(world, rng, split, is_practice=False):
+    question, steps = exercises.problem(rng, world.seed, split, plain_share=0.6, is_practice=is_practice)
     result, reference = steps[-1][1], split_tool_calls(exercises.annotated(steps))
     wrong = [str(result + shift) for shift in rng.sample((-100, -10, -1, 1, 10, 100), 3)]
     return row("arithmetic", question, reference, [str(result)], wrong, [], rng)
@@ -95,6 +95,13 @@ def train_rows(world, count, words):
     rows = [arithmetic_row(world, rng, "train") if number % 2 else spelling_row(rng.choice(words), rng, "train")
             for number in range(count)]
     return [{key: entry[key] for key in ("domain", "question", "answer", "messages_json")} for entry in rows]
+
+
+def practice_rows(world, count):
+    """Arithmetic to be learned by trial alone: its phrasings are neither in the worked examples nor held out."""
+    rng = world.rng("tinyworld practice")
+    rows = [arithmetic_row(world, rng, "train", is_practice=True) for _ in range(count)]
+    return [{key: row[key] for key in ("domain", "question", "answer", "messages_json")} for row in rows]
 
 
 def choice_rows(world, name, split, count, near=True):
