@@ -164,7 +164,7 @@ def statistics_of(run, groups, loss, surprise, num_tokens):
             "truncated": cut / answers, "loss": loss / run.compute.ddp_world_size}
 
 
-def pass_at_k(run, task, step):
+def pass_at_k(run, task):
     """{"pass@k": share of the questions with a right one among the first k answers} for k = 1 .. --eval-samples."""
     rank, world_size, num_samples = run.compute.ddp_rank, run.compute.ddp_world_size, run.args.eval_samples
     with torch.no_grad():
@@ -178,7 +178,7 @@ def evaluate(run, task, step, last_step):
     """pass@k when it is due, before the first step too. A failure is told and gives nothing."""
     if not is_due(run.args.eval_every, step, last_step) and not (run.args.eval_every > 0 and step == 0):
         return {}
-    metrics = try_evaluation("pass@k", lambda: pass_at_k(run, task, step)) or {}
+    metrics = try_evaluation("pass@k", lambda: pass_at_k(run, task)) or {}
     if metrics and step == 0:
         run.loop["first_metrics"] = metrics
     return metrics

@@ -84,13 +84,13 @@ def build_validation():
 
 
 def validation_bpb(run, task):
-    """Bits per byte over --eval-tokens tokens of conversations, at most one pass."""
-    num_rows = run.args.device_batch_size * run.compute.ddp_world_size
-    steps, batches = max(1, run.args.eval_tokens // (num_rows * run.seq_len)), []
-    for rows, state in itertools.islice(run.conversation_steps(task, rows_per_step=num_rows, learn_all=True), steps):
-        if batches and state["epoch"] > 1:
-            break
+    """Bits per byte over --eval-tokens tokens of conversations, at most about one pass; on any ranks the same."""
+    batches = []
+    for rows, state in run.conversation_steps(task, conversations_per_step=256, learn_all=True):
         batches += run.micro_batches(rows)
+        counters = state["counters"]
+        if counters["tokens"] >= run.args.eval_tokens or counters["conversations"] >= len(task):
+            break
     return evaluate_bpb(run.model, batches, len(batches), token_bytes_of(run.tokenizer))
 
 

@@ -3,7 +3,10 @@ import functools
 import json
 import math
 import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,9 @@ from nanochat.engine import Engine, sample_next_token
 from nanochat.gpt import token_losses
 from scripts import chat_rl
 from tasks.registry import REWARDED
-from tests.chat_world import CPU, Chat, metrics_of, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.chat_world import CPU, Chat, fill_base_dir, metrics_of, save_tiny_model, tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +155,7 @@ def test_pass_at_k_counts_the_first_k(tokenizer, monkeypatch):
     rewards = [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 1.0]]
     monkeypatch.setattr(chat_rl, "roll_out", lambda run, task, indices, *rest: [
         chat_rl.Group([1], [], rewards[i]) for i in indices])
-    assert chat_rl.pass_at_k(run, range(4), 0) == {"pass@1": 0.25, "pass@2": 0.5, "pass@3": 0.75}
+    assert chat_rl.pass_at_k(run, range(4)) == {"pass@1": 0.25, "pass@2": 0.5, "pass@3": 0.75}
 
 # -----------------------------------------------------------------------------
 # The whole script
@@ -212,3 +217,46 @@ def test_too_few_questions_are_told(tokenizer):
     save_tiny_model(tokenizer, "sft")
     with pytest.raises(ValueError, match="GSM8K has 1 questions to train on besides the --eval-examples 23"):
         rl("--eval-examples", "23")
+
+
+DRIVER = """
+from scripts import chat_rl, chat_sft, mid_train
+from tasks.registry import REWARDED
+from tests.test_chat_rl import Vowels
+import sys
+REWARDED["GSM8K"] = Vowels
+mid_train.GSM8K_VALIDATION = 1
+{"mid": mid_train, "sft": chat_sft, "rl": chat_rl}[sys.argv[1]].main(sys.argv[2:])
+"""
+FLAGS = {
+    "mid": ["--max-seq-len=256", "--total-batch-size=1024", "--device-batch-size=2", "--eval-every=1", "--compile=off"],
+    "sft": ["--source=base", "--target-examples-per-step=8", "--device-batch-size=2", "--eval-every=1", "--eval-steps=1",
+            "--max-seq-len=256", "--init-lr-frac=0.2", "--eval-metrics-every=-1", "--compile=off"],
+    "rl": ["--num-samples=5", "--examples-per-step=4", "--eval-examples=4", "--eval-samples=2", "--eval-every=1",
+           "--max-new-tokens=6", "--init-lr-frac=0.3"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", FLAGS)
+def test_two_ranks_take_the_steps_of_one(tmp_path, tokenizer, stage):
+    """Real processes and gloo: the same batch, samples, loss and evaluation, and the same weights but for rounding."""
+    fill_base_dir(tmp_path, tokenizer)
+    save_tiny_model(tokenizer, "sft", "trained")
+    (tmp_path / "driver.py").write_text(DRIVER)
+    results = []
+    for num_ranks in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}",
+                   str(tmp_path / "driver.py"), stage, "--device-type=cpu", "--dtype=float32", "--num-iterations=1",
+                   "--overwrite", *FLAGS[stage]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr[-3000:]
+        folder = checkpoint_dir(stage, "trained" if stage == "rl" else "own")
+        lines = [{k: v for k, v in line.items() if k != "train/dt"} for line in metrics_of(folder) if line["step"] == 0]
+        results.append((lines, load_checkpoint(folder, 1, "cpu")[0]))
+    (lines, weights), (other_lines, other_weights) = results
+    assert len(lines) == 2, "an evaluation and an update"
+    for line, other in zip(lines, other_lines, strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, other_weights[name], atol=5e-3, rtol=0)

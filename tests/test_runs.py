@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TINY = {"FACTS": "60", "VOCAB_SIZE": "600", "DEPTH": "1", "BASE_STEPS": "12", "HF_HUB_OFFLINE": "1"}
+TINY = {"FACTS": "60", "VOCAB_SIZE": "600", "DEPTH": "1", "BASE_STEPS": "12",
+        "MID_STEPS": "4", "SFT_STEPS": "4", "RL_STEPS": "2", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture
