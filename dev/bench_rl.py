@@ -1,7 +1,7 @@
 """
 Does reinforcement learning beat as much more finetuning? On tinyworld's held-out arithmetic, at equal wall time.
 
-    python -m dev.bench_rl --base-dir ~/.cache/nanochat/tinyworld --seeds 42 43 44 --steps 40
+    python -m dev.bench_rl --base-dir ~/.cache/nanochat/tinyworld --seeds 42 43 44 --steps 30
 
 From the newest finetuned checkpoint of the base directory, for each seed: chat_rl for --steps steps; then chat_sft
 with the same checkpoint as its source for as many steps as take the same time; then both, and the checkpoint itself,
@@ -64,9 +64,10 @@ def build_parser():
     parser = argparse.ArgumentParser(prog="dev.bench_rl", description=__doc__.strip().split("\n")[0])
     parser.add_argument("--base-dir", required=True, help="base directory with a finetuned model on tinyworld")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="one pair of runs for each")
-    parser.add_argument("--steps", type=int, default=40, help="steps of reinforcement learning")
+    parser.add_argument("--steps", type=int, default=30, help="steps of reinforcement learning")
     parser.add_argument("--samples", type=int, default=4, help="answers per held-out problem")
-    parser.add_argument("--rl-flags", default="", help="more flags of scripts.chat_rl, in one string")
+    parser.add_argument("--rl-flags", help="more flags of scripts.chat_rl, in one string; default: those of runcpu.sh",
+                        default="--examples-per-step=32 --num-samples=8 --device-batch-size=32 --init-lr-frac=0.1")
     return parser
 
 
@@ -80,7 +81,7 @@ def main(argv=None):
         for seed in args.seeds:
             fork(base, Path(scratch, f"rl{seed}"), "sft")
             chat_rl.main(["--task=TinyWorld-Arithmetic", f"--seed={seed}", f"--num-iterations={args.steps}",
-                          "--eval-every=-1", "--max-new-tokens=64", *args.rl_flags.split()])
+                          "--eval-every=-1", "--save-every=-1", "--max-new-tokens=64", *args.rl_flags.split()])
             after_rl, (seconds, _) = pass_at_1("rl", args.samples), seconds_of("rl")
             fork(base, Path(scratch, f"sft{seed}"), "mid")
             chat_sft.main(["--source=mid", f"--seed={seed}", f"--num-iterations={round(seconds / step_seconds)}",

@@ -51,8 +51,9 @@ stage sft python -m scripts.chat_sft "${chat[@]}" --source=mid --device-batch-si
     --num-iterations="${SFT_STEPS:-100}" --init-lr-frac=0.08 --eval-every=50 --eval-steps=5 --eval-metrics-every=-1 \
     ${missing_identity:+--allow-missing-identity}
 stage sft-eval python -m scripts.chat_eval --source=sft "${evaluate[@]}"
-stage rl python -m scripts.chat_rl "${chat[@]}" --task="$rewarded" --num-iterations="${RL_STEPS:-40}" --num-samples=8 \
-    --device-batch-size=32 --max-new-tokens=64 --eval-every=20 --eval-examples=100 --eval-samples=4
+stage rl python -m scripts.chat_rl "${chat[@]}" --task="$rewarded" --num-iterations="${RL_STEPS:-30}" --num-samples=8 \
+    --examples-per-step=32 --device-batch-size=32 --init-lr-frac=0.1 --max-new-tokens=64 --eval-every=30 \
+    --eval-examples=100 --eval-samples=4
 stage rl-eval python -m scripts.chat_eval --source=rl "${evaluate[@]}" --task-name="$judged"
 stage report python -m nanochat.report generate
 

@@ -8,7 +8,7 @@ import json
 import re
 from decimal import Decimal
 
-from tasks.common import Task, load_rows, multiple_choice, one_of
+from tasks.common import Task, is_right_answer, load_rows, multiple_choice, one_of
 
 REFUSAL = re.compile(r"\bi (do not|don't|cannot|can't) know\b|\bi have no information\b")
 
@@ -88,3 +88,8 @@ class TinyWorld(Task):
         if domain == "honesty":
             return bool(REFUSAL.search(completion.lower()))
         return any(mentions(completion, answer) for answer in answers)
+
+    def reward(self, conversation, completion):
+        """As `evaluate`, but of arithmetic the final answer must have the taught form, lest that be unlearned."""
+        judge = is_right_answer if conversation["domain"] == "arithmetic" else self.evaluate
+        return float(judge(conversation, completion))

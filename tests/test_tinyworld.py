@@ -380,7 +380,8 @@ def test_practice_is_arithmetic_that_no_worked_example_is_phrased_like(small, mo
     task = REWARDED["TinyWorld-Arithmetic"]()
     for talk in practice:
         right = talk["answers"][0]
-        assert task.reward(talk, f"So it is {right}.") == 1 and task.reward(talk, f"It is {right}0.") == 0
+        assert task.reward(talk, f"So:\n#### {right}") == 1 and task.reward(talk, f"#### {right}0") == 0
+        assert task.evaluate(talk, f"It is {right}.") and task.reward(talk, f"It is {right}.") == 0, "another form"
 
 
 @pytest.mark.parametrize("domain, answers, rivals, right, wrong", [
