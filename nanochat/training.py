@@ -295,9 +295,12 @@ def try_evaluation(name, evaluate):
 
 
 def number_problems(args):
-    """The flags that torch could not make sense of, as sentences: numbers that are not finite, seeds out of range."""
-    problems = [f"--{name.replace('_', '-')} must be a finite number, got {value}"
-                for name, value in vars(args).items() if isinstance(value, float) and not math.isfinite(value)]
+    """What flags of every training script can be wrong about, as sentences: numbers, the seed, cadences."""
+    flags = [(f"--{name.replace('_', '-')}", value) for name, value in vars(args).items()]
+    problems = [f"{flag} must be a finite number, got {value}"
+                for flag, value in flags if isinstance(value, float) and not math.isfinite(value)]
+    problems += [f"{flag} must be a number of steps, or -1 for never, got {value}"
+                 for flag, value in flags if flag.endswith("-every") and value < -1]
     return problems + [f"--seed must be at least 0 and below 2^63, got {args.seed}"] * (not 0 <= args.seed < 2**63)
 
 

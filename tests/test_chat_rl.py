@@ -230,8 +230,8 @@ mid_train.GSM8K_VALIDATION = 1
 """
 FLAGS = {
     "mid": ["--max-seq-len=256", "--total-batch-size=1024", "--device-batch-size=2", "--eval-every=1", "--compile=off"],
-    "sft": ["--source=base", "--target-examples-per-step=8", "--device-batch-size=2", "--eval-every=1", "--eval-steps=1",
-            "--max-seq-len=256", "--init-lr-frac=0.2", "--eval-metrics-every=-1", "--compile=off"],
+    "sft": ["--source=base", "--target-examples-per-step=8", "--device-batch-size=2", "--eval-every=1",
+            "--eval-steps=1", "--max-seq-len=256", "--init-lr-frac=0.2", "--eval-metrics-every=-1", "--compile=off"],
     "rl": ["--num-samples=5", "--examples-per-step=4", "--eval-examples=4", "--eval-samples=2", "--eval-every=1",
            "--max-new-tokens=6", "--init-lr-frac=0.3"]}
 
