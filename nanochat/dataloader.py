@@ -489,4 +489,4 @@ def prefetched(items):
 
 def _shuffled(n, seed, epoch):
     """The order of an epoch: a permutation of 0 .. n-1 (list of int)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return torch.randperm(n, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)).tolist()

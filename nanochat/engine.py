@@ -19,6 +19,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.execution import use_calculator
 
+TOOL_ERROR = "error"  # what the model reads when the calculator has no result
 PREFILL_TOKENS = 4096 # at most so many positions of a prompt batch in one forward: their logits are held in memory
 
 
@@ -206,7 +207,7 @@ class Engine:
     def generate_many(self, prompts, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42,
                       batch_size=32, keep_end=False):
         """
-        Complete many prompts of any lengths, about batch_size rows at a time.
+        Complete many prompts of any lengths, at most batch_size rows at a time.
 
         prompts  list of non-empty lists of ids
         seed     an int, from which each prompt's seed is derived, or a list with one seed per prompt: then sample r of
@@ -221,9 +222,10 @@ class Engine:
         prompts_at_once = max(1, batch_size // max(1, num_samples))
         for start in range(0, len(prompts), prompts_at_once):
             chosen = by_length[start:start + prompts_at_once]
-            rows = [row for i in chosen for row in samples[i]]
-            for _ in self._decode([prompts[i] for i in chosen], rows, temperature, top_k):
-                pass
+            for first in range(0, num_samples, batch_size): # one turn unless a prompt alone has more samples than that
+                rows = [row for i in chosen for row in samples[i][first:first + batch_size]]
+                for _ in self._decode([prompts[i] for i in chosen], rows, temperature, top_k):
+                    pass
         return [[(row.tokens + row.end * keep_end, row.masks + [1] * len(row.end) * keep_end) for row in rows]
                 for rows in samples]
 
@@ -303,11 +305,12 @@ class Engine:
         return token, mask
 
     def _call_tool(self, row):
-        """End of a tool call, if one is open: what the calculator says comes next; for "no result" nothing does."""
+        """End of a tool call, if one is open: what the calculator says comes next, or that it had no result."""
         expression, row.expression = row.expression, None
-        result = use_calculator(self.tokenizer.decode(expression)) if expression else None
-        if result is not None:
-            row.forced.extend([self.output_start, *self.tokenizer.encode(str(result)), self.output_end])
+        if expression:
+            result = use_calculator(self.tokenizer.decode(expression))
+            said = TOOL_ERROR if result is None else str(result)
+            row.forced.extend([self.output_start, *self.tokenizer.encode(said), self.output_end])
 
 # -----------------------------------------------------------------------------
 

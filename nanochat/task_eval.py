@@ -108,8 +108,8 @@ def _last_logits(model, prompts, pad_id):
     """Logits after each prompt's last token, (B, V). Padding stands on the right, where no prompt token sees it."""
     longest = max(map(len, prompts))
     ids = torch.tensor([prompt + [pad_id] * (longest - len(prompt)) for prompt in prompts], device=model.get_device())
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
-    return model(ids)[torch.arange(len(prompts), device=ids.device), lengths - 1]
+    last = torch.tensor([row * longest + len(prompt) - 1 for row, prompt in enumerate(prompts)], device=ids.device)
+    return model.logits_at(ids, last) if hasattr(model, "logits_at") else model(ids).flatten(0, 1)[last]
 
 
 def _score(task, judge, window, max_problems, device, label):

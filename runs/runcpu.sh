@@ -44,7 +44,7 @@ stage base-eval python -m scripts.base_eval --model-tag="$TAG" --max-per-task="$
 chat=(--run="$WANDB_RUN" --model-tag="$TAG" --resume --seed="${SEED:-42}" --save-every=100)
 evaluate=(--model-tag="$TAG" --batch-size=16 --max-new-tokens=200 --max-problems="$problems")
 stage mid python -m scripts.mid_train "${chat[@]}" --max-seq-len=256 --device-batch-size=16 --total-batch-size=4096 \
-    --num-iterations="${MID_STEPS:-400}" --init-lr-frac=0.3 --eval-every=200 --eval-tokens=65536 \
+    --num-iterations="${MID_STEPS:-350}" --init-lr-frac=0.3 --eval-every=175 --eval-tokens=65536 \
     ${missing_identity:+--allow-missing-identity}
 stage mid-eval python -m scripts.chat_eval --source=mid "${evaluate[@]}"
 stage sft python -m scripts.chat_sft "${chat[@]}" --source=mid --device-batch-size=16 --target-examples-per-step=64 \

@@ -40,6 +40,7 @@ trap 'kill "$download" 2>/dev/null || true' EXIT
 stage tokenizer python -m scripts.tok_train --max-chars="${MAX_CHARS:-2000000000}" --vocab-size="${VOCAB_SIZE:-32768}"
 stage tokenizer-eval python -m scripts.tok_eval
 wait "$download" || { echo "the download failed; to go on, run this file again" >&2; exit 1; }
+trap - EXIT
 
 stage base-train "${train[@]}" scripts.base_train -- --run="$WANDB_RUN" --depth="$DEPTH" --model-tag="$TAG" \
     --device-batch-size="$device_batch_size" --target-param-data-ratio=20 --lanes=64 --resume --save-every=2000

@@ -81,9 +81,9 @@ def score_task(name, task, model, tokenizer, engine, batch_size, num_samples, ma
 
 def run_chat_eval(task_name, model, tokenizer, engine, batch_size=1, num_samples=1, max_new_tokens=512, temperature=0.0,
                   top_k=50, max_problems=None):
-    """Accuracy (0 to 1) on the evaluation of this name."""
+    """Accuracy (pass@1, from 0 to 1) on the evaluation of this name."""
     return score_task(task_name, EVALS[task_name].make(), model, tokenizer, engine, batch_size, num_samples,
-                      max_new_tokens, temperature, top_k, max_problems).accuracy
+                      max_new_tokens, temperature, top_k, max_problems).pass_at_1
 
 
 def describe(passed, total):
@@ -105,12 +105,12 @@ def chat_core(scores, names=CHATCORE_TASKS):
     """Mean over `names` of (accuracy - chance) / (1 - chance), or None unless all of them were evaluated."""
     if not set(names) <= set(scores):
         return None
-    return sum((scores[name].accuracy - EVALS[name].chance) / (1 - EVALS[name].chance) for name in names) / len(names)
+    return sum((scores[name].pass_at_1 - EVALS[name].chance) / (1 - EVALS[name].chance) for name in names) / len(names)
 
 
 def summarize(scores):
-    """{metric: value}: every task's accuracy; ChatCORE only when its six tasks ran."""
-    metrics = {name: score.accuracy for name, score in scores.items()}
+    """{metric: value}: the accuracy (pass@1) of every task; ChatCORE only when its six tasks ran."""
+    metrics = {name: score.pass_at_1 for name, score in scores.items()}
     core = chat_core(scores)
     if core is None:
         print0(f"No ChatCORE: it needs all of {', '.join(CHATCORE_TASKS)}")

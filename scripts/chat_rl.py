@@ -23,6 +23,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True") # must p
 
 import argparse
 import functools
+import math
 import random
 import time
 from typing import NamedTuple
@@ -69,6 +70,8 @@ def check_args(args):
     positive = ("num_epochs", "examples_per_step", "num_samples", "device_batch_size", "max_new_tokens",
                 "eval_examples", "eval_samples")
     problems = flag_problems(args, positive, ("num_iterations",))
+    if args.num_samples == 1:
+        problems.append("--num-samples must be at least 2, got 1: the baseline is the mean of a question's answers")
     if not args.temperature > 0:
         problems.append(f"--temperature must be above 0, got {args.temperature}: a greedy policy explores nothing")
     return problems
@@ -149,7 +152,11 @@ def add_gradient(run, groups):
 
 
 def statistics_of(run, groups, loss, surprise, num_tokens):
-    """What a step is judged by, over all ranks; `surprise` is -log p summed over the num_tokens trained on."""
+    """
+    What a step is judged by, over all ranks; `surprise` is -log p summed over the num_tokens trained on.
+
+    So "entropy" is that of the questions that teach something, and nan where there are none.
+    """
     samples = [(reward, ids, masks) for group in groups
                for reward, (ids, masks) in zip(group.rewards, group.samples, strict=True)]
     ends = Engine(run.model, run.tokenizer).terminal
@@ -160,8 +167,8 @@ def statistics_of(run, groups, loss, surprise, num_tokens):
         sum(not ids or ids[-1] not in ends for _, ids, _ in samples), loss, surprise, num_tokens)
     questions, answers, reward, first, solved, even, length, cut, loss, surprise, num_tokens = sums
     return {"reward": reward / answers, "pass@1": first / questions, f"pass@{run.args.num_samples}": solved / questions,
-            "no_variance": even / questions, "entropy": surprise / max(1, num_tokens), "length": length / answers,
-            "truncated": cut / answers, "loss": loss / run.compute.ddp_world_size}
+            "no_variance": even / questions, "entropy": surprise / num_tokens if num_tokens else math.nan,
+            "length": length / answers, "truncated": cut / answers, "loss": loss / run.compute.ddp_world_size}
 
 
 def pass_at_k(run, task):

@@ -4,7 +4,8 @@ Supervised finetuning: teach a base or midtrained model to answer as the assista
     python -m scripts.chat_sft --source base
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --source mid --model-tag d20
 
-Whole conversations are packed into rows, and only what the assistant says is trained on. A step's loss is the mean over
+Whole conversations are packed into rows (where attention reaches back over those before), and only what the assistant
+says is trained on. A step's loss is the mean over
 its supervised tokens, whatever the micro-batch size and the number of ranks: long answers weigh more than short ones.
 
 Reads:  a checkpoint, hub/ (or the hub), identity_conversations.jsonl, words_alpha.txt.
@@ -27,7 +28,7 @@ from nanochat.training import Stop, is_due, lr_multiplier, try_evaluation
 from tasks.arc import ARC
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
-from tasks.gsm8k import GSM8K
+from tasks.gsm8k import NUM_VALIDATION, GSM8K
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
@@ -67,7 +68,7 @@ def build_mixture(args):
     mixture = TaskMixture([
         ARC("ARC-Easy", "train"),
         ARC("ARC-Challenge", "train"),
-        GSM8K("main", "train"),
+        GSM8K("main", "train", start=NUM_VALIDATION),
         SmolTalk("train", stop=10_000),
         CustomJSON(identity, allow_missing=args.allow_missing_identity),
         SimpleSpelling(size=300, split="train"),

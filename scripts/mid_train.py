@@ -18,6 +18,8 @@ import argparse
 import itertools
 import time
 
+import torch
+
 from nanochat.chat_training import Run, add_flags, flag_problems, packing_report
 from nanochat.common import compute_cleanup, compute_init, dataset_label, get_base_dir, print0, run_main
 from nanochat.dataloader import prefetched
@@ -27,7 +29,7 @@ from nanochat.training import (LossMeter, Stop, Throughput, grad_accum_steps, mu
                                try_evaluation)
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
-from tasks.gsm8k import GSM8K
+from tasks.gsm8k import NUM_VALIDATION, GSM8K
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
@@ -35,7 +37,6 @@ from tasks.tinyworld import TinyWorld
 
 SOURCES = ("base",)
 SMOLTALK_ROWS = 460_000 # of the real thing, for which the sizes of the spelling tasks are meant
-GSM8K_VALIDATION = 420 # rows of its train split: the test split is for the end
 
 
 def build_parser():
@@ -68,7 +69,7 @@ def build_mixture(args):
     mixture = TaskMixture([
         smoltalk,
         MMLU("auxiliary_train", "train"),
-        GSM8K("main", "train", start=GSM8K_VALIDATION),
+        GSM8K("main", "train", start=NUM_VALIDATION),
         CustomJSON(identity, allow_missing=args.allow_missing_identity),
         CustomJSON(identity, allow_missing=args.allow_missing_identity), # twice: two passes
         SimpleSpelling(size=max(1, round(200_000 * scale)), split="train"),
@@ -80,7 +81,7 @@ def build_mixture(args):
 
 
 def build_validation():
-    return TaskMixture([SmolTalk("test"), MMLU("all", "validation"), GSM8K("main", "train", stop=GSM8K_VALIDATION)])
+    return TaskMixture([SmolTalk("test"), MMLU("all", "validation"), GSM8K("main", "train", stop=NUM_VALIDATION)])
 
 
 def validation_bpb(run, task):
@@ -91,6 +92,8 @@ def validation_bpb(run, task):
         counters = state["counters"]
         if counters["tokens"] >= run.args.eval_tokens or counters["conversations"] >= len(task):
             break
+    if not batches: # this rank has no row, but must take part in the sum
+        batches = [tuple(torch.full((1, run.seq_len), value, device=run.compute.device) for value in (0, -1))]
     return evaluate_bpb(run.model, batches, len(batches), token_bytes_of(run.tokenizer))
 
 

@@ -6,6 +6,8 @@ looks like "... 12/60 = $<<12/60=0.2>>0.2 ... #### 10": what stands in << >> bec
 """
 from tasks.common import Task, extract_answer, is_right_answer, load_rows, one_of, split_tool_calls
 
+NUM_VALIDATION = 420 # rows of the train split that are not trained on: the test split is for the end
+
 
 class GSM8K(Task):
     """

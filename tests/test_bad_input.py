@@ -246,7 +246,7 @@ DAMAGES = [ # what is wrong, who meets it, what they say
     (another_tokenizer, "resume base_loss base_eval chat_eval chat_cli", "tokenizer", "restore it, or choose"),
     (own_data, "dataset generate", "holds the data set own-data, not", "set NANOCHAT_BASE_DIR to another folder"),
     (no_manifest, "dataset", "holds shards of unknown data", "set NANOCHAT_BASE_DIR to another folder"),
-    (no_manifest, "generate", "holds shards of other data", "choose another --base-dir"),
+    (no_manifest, "generate", "holds other data", "choose another --base-dir"),
     (bad_identity, "chat_sft", "identity_conversations.jsonl, line ", ": not valid JSON"),
 ]
 

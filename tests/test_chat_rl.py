@@ -204,6 +204,7 @@ def test_without_any_difference_in_reward_the_weights_stay(tokenizer, monkeypatc
 
 @pytest.mark.parametrize("flags, words", [
     (["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
+    (["--num-samples", "1"], "--num-samples must be at least 2, got 1: the baseline is the mean"),
     (["--temperature", "0"], "--temperature must be above 0, got 0.0"),
     (["--task", "Chess"], "invalid choice: 'Chess' (choose from"),
 ])
@@ -225,7 +226,7 @@ from tasks.registry import REWARDED
 from tests.test_chat_rl import Vowels
 import sys
 REWARDED["GSM8K"] = Vowels
-mid_train.GSM8K_VALIDATION = 1
+mid_train.NUM_VALIDATION = 1
 {"mid": mid_train, "sft": chat_sft, "rl": chat_rl}[sys.argv[1]].main(sys.argv[2:])
 """
 FLAGS = {

@@ -320,7 +320,9 @@ def test_terminal_tokens_are_streamed_but_not_kept(terminal):
 
 def test_completed_rows_fall_silent_and_leave_the_batch():
     model = UniformModel()
-    model.logits = lambda ids, cache: torch.zeros(*ids.shape, V).index_fill(-1, torch.tensor([END]), 3.0)
+    model.logits = lambda ids, cache: ( # no tool calls
+        torch.zeros(*ids.shape, V).index_fill(-1, torch.tensor([END]), 3.0)
+        .index_fill(-1, torch.tensor([PYTHON_START]), -50.0))
     columns = list(make_engine(model).generate(PROMPT, num_samples=40, max_tokens=60, seed=3))
     tokens, masks = (torch.tensor([column[part] for column in columns]) for part in (0, 1)) # (steps, rows)
     for row in range(40):
@@ -349,12 +351,12 @@ def output(text):
     (call("12*3"), output("36")),
     (call("10/4"), output("2.5")),
     (call("'strawberry'.count('r')"), output("3")),
-    (call("1/0"), []),                                        # no result: nothing is injected
+    (call("1/0"), output("error")),                           # no result, and the model is told
     (call(""), []),
     ([65, PYTHON_END], []),                                   # no call is open
     ([PYTHON_START, 57, *call("1+1")], output("2")),          # a second start begins anew
     ([*call("1+1"), *output("2"), PYTHON_END], []),           # the end of a call that was answered already
-    (call("9" * 101), []),                                    # a result too long to be fed back
+    (call("9" * 101), output("error")),                       # a result too long to be fed back
 ])
 def test_tool_calls(said, forced):
     is_answered_within = PYTHON_END in said[:-1]

@@ -22,7 +22,7 @@ def tokenizer():
 def filled(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(mid_train, "GSM8K_VALIDATION", 1) # of four rows
+    monkeypatch.setattr(mid_train, "NUM_VALIDATION", 1) # of four rows
     fill_base_dir(tmp_path, tokenizer)
     return tmp_path
 

@@ -145,7 +145,7 @@ def test_categorical_equals_one_prompt_at_a_time(batch_size):
 
 def test_categorical_forwards_hold_no_more_than_the_batch_size():
     model, shapes = random_gpt(), []
-    model.register_forward_hook(lambda module, inputs, output: shapes.append(inputs[0].shape))
+    model.transformer.wte.register_forward_hook(lambda module, inputs, output: shapes.append(inputs[0].shape))
     evaluate_categorical(choice_task(), ByteTokenizer(), model, batch_size=8)
     rows, widths = zip(*shapes, strict=True)
     assert rows == (8, 8, 8, 6) and list(widths) == sorted(widths) # like goes with like
