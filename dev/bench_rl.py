@@ -43,8 +43,8 @@ def pass_at_1(source, num_samples):
     cpu = torch.device("cpu")
     model, tokenizer, _ = load_model(source, cpu, "eval", dtype=get_compute_dtype(cpu))
     right = total = 0
-    for task in (TinyWorld(domain="arithmetic"), GSM8K("main", "test")):
-        problems = list(task)
+    for task in (TinyWorld(), GSM8K("main", "test")):
+        problems = [problem for problem in task if problem.get("domain", "arithmetic") == "arithmetic"]
         prompts = [tokenizer.render_for_completion(problem) for problem in problems]
         answers = Engine(model, tokenizer).generate_many(prompts, num_samples, 96, 1.0, 50, seed=1, batch_size=64)
         right += sum(task.evaluate(problem, tokenizer.decode(ids))
@@ -77,7 +77,8 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as scratch:
         fork(base, Path(scratch, "before"), "sft")
         before = pass_at_1("sft", args.samples)
-        step_seconds = (lambda seconds, steps: seconds / steps)(*seconds_of("sft"))
+        seconds, num_steps = seconds_of("sft")
+        step_seconds = seconds / num_steps
         for seed in args.seeds:
             fork(base, Path(scratch, f"rl{seed}"), "sft")
             chat_rl.main(["--task=TinyWorld-Arithmetic", f"--seed={seed}", f"--num-iterations={args.steps}",

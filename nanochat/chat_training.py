@@ -49,6 +49,16 @@ def add_flags(parser, sources, source, init_lr_frac):
     add("--overwrite", action="store_true", help="delete an earlier run's checkpoints under this tag and start over")
 
 
+def add_conversation_flags(parser, max_seq_len, device_batch_size):
+    """Add the flags of the stages that learn from packed conversations; the numbers are defaults."""
+    add = parser.add_argument
+    add("--compile", default="auto", choices=["auto", "on", "off"], help="auto = on, running eagerly where it fails")
+    add("--max-seq-len", type=int, default=max_seq_len, help="tokens per row; -1 = the model's context length")
+    add("--device-batch-size", type=int, default=device_batch_size,
+        help="rows per device and forward pass; does not change the result")
+    add("--allow-missing-identity", action="store_true", help="go on when there is no identity_conversations.jsonl")
+
+
 def flag_problems(args, positive, positive_or_default=()):
     """All that is wrong with the flags, as sentences; the names are of flags that must be >= 1 (or -1)."""
     flags = [(name, name.replace("_", "-"), getattr(args, name)) for name in (*positive, *positive_or_default)]

@@ -89,7 +89,7 @@ def use_calculator(expr):
 
 DRIVER = r'''
 import builtins, encodings, os, sys
-if os.path.isdir("/proc/self/fd"): # descriptors of the library: who leaves root may have no way to it (/root/.pyenv)
+if os.path.isdir("/proc/self/fd"): # descriptors of the library: who leaves root may have no way to it
     sys.path[:] = [f"/proc/self/fd/{os.open(path, os.O_PATH)}" for path in sys.path if os.path.isdir(path)]
     encodings.__path__[:] = [path + "/encodings" for path in sys.path]
 import ctypes, gc, resource, signal, struct

@@ -21,7 +21,7 @@ import time
 
 import torch
 
-from nanochat.chat_training import Run, add_flags, flag_problems, packing_report
+from nanochat.chat_training import Run, add_conversation_flags, add_flags, flag_problems, packing_report
 from nanochat.common import UserError, compute_cleanup, compute_init, dataset_label, get_base_dir, print0, run_main
 from nanochat.task_eval import evaluate_categorical
 from nanochat.training import Stop, is_due, lr_multiplier, try_evaluation
@@ -40,14 +40,11 @@ SOURCES = ("base", "mid")
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     add_flags(parser, SOURCES, "mid", init_lr_frac=0.02)
+    add_conversation_flags(parser, max_seq_len=-1, device_batch_size=4)
     add = parser.add_argument
-    add("--compile", default="auto", choices=["auto", "on", "off"], help="auto = on, running eagerly where it fails")
     # horizon and batches
     add("--num-epochs", type=int, default=1, help="passes over the conversations")
-    add("--max-seq-len", type=int, default=-1, help="tokens per row; -1 = the model's context length")
-    add("--device-batch-size", type=int, default=4, help="rows per device and forward pass; does not change the result")
     add("--target-examples-per-step", type=int, default=32, help="conversations per optimizer step, all ranks together")
-    add("--allow-missing-identity", action="store_true", help="go on when there is no identity_conversations.jsonl")
     # evaluation
     add("--eval-every", type=int, default=100, help="steps between validation losses; -1 = never")
     add("--eval-steps", type=int, default=100, help="steps' worth of conversations per validation loss")

@@ -20,7 +20,7 @@ import time
 
 import torch
 
-from nanochat.chat_training import Run, add_flags, flag_problems, packing_report
+from nanochat.chat_training import Run, add_conversation_flags, add_flags, flag_problems, packing_report
 from nanochat.common import compute_cleanup, compute_init, dataset_label, get_base_dir, print0, run_main
 from nanochat.dataloader import prefetched
 from nanochat.loss_eval import evaluate_bpb
@@ -42,13 +42,9 @@ SMOLTALK_ROWS = 460_000 # of the real thing, for which the sizes of the spelling
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     add_flags(parser, SOURCES, "base", init_lr_frac=1.0)
+    add_conversation_flags(parser, max_seq_len=2048, device_batch_size=32)
     add = parser.add_argument
-    add("--compile", default="auto", choices=["auto", "on", "off"], help="auto = on, running eagerly where it fails")
-    add("--max-seq-len", type=int, default=2048, help="tokens per row; -1 = the model's context length")
-    add("--device-batch-size", type=int, default=32,
-        help="rows per device and forward pass; does not change the result")
     add("--total-batch-size", type=int, default=524288, help="tokens per optimizer step, all ranks together")
-    add("--allow-missing-identity", action="store_true", help="go on when there is no identity_conversations.jsonl")
     add("--eval-every", type=int, default=150, help="steps between validations; 0 or less = only at the end")
     add("--eval-tokens", type=int, default=10_485_760, help="tokens per validation, at most one pass")
     add("--dry-run", action="store_true", help="write no checkpoint and no report")

@@ -37,18 +37,15 @@ class TinyWorld(Task):
     split   "test" (held out) or, in free mode, "train" (tool calls and spelling, the rest of the training
             conversations being in the SmolTalk stand-in) and "practice" (arithmetic for reinforcement learning, in
             phrasings that have no worked examples)
-    domain  keep the questions of this one only
     """
 
-    def __init__(self, mode="free", split="test", domain=None, **slice_kwargs):
+    def __init__(self, mode="free", split="test", **slice_kwargs):
         super().__init__(**slice_kwargs)
         self.mode = one_of("TinyWorld's mode", mode, ("free", "choice"))
         allowed = ("test", "train", "practice") if mode == "free" else ("test",)
         self.split = one_of(f"TinyWorld's split in {mode} mode", split, allowed)
         columns = ("messages_json",) if mode == "free" else ("question", "choices", "gold")
         self.data = load_rows("nanochat/tinyworld", None, split, "domain", *columns)
-        if domain is not None:
-            self.data = self.data.select([i for i, name in enumerate(self.data["domain"]) if name == domain])
 
     @property
     def name(self):

@@ -303,7 +303,7 @@ def test_attacks(name, sandbox, tmp_path):
 ])
 def test_what_is_not_enforced_is_said_and_the_rest_holds(monkeypatch, old, new, gap, code, shown):
     if not sys.platform == "linux" or (gap == "user: " and os.getuid() != 0):
-        pytest.skip("for Linux, one for root")
+        pytest.skip("needs Linux, and for the change of user root")
     assert old in execution.DRIVER
     monkeypatch.setattr(execution, "DRIVER", execution.DRIVER.replace(old, new))
     gaps = sandbox_gaps.__wrapped__()
