@@ -1,15 +1,22 @@
 """
-Ids in, ids out: decoding with a KV cache, many rows together, and the calculator tool.
+Ids in, ids out: decoding with a KV cache, many requests together, and the calculator tool.
 
-    prompts -> prefill (all at once) -> sample -> tool state machine -> one column of ids -> decode -> sample ...
+    submit -> waiting -> [ a place in the cache -> prompt read in pieces -> one id a step -> done ]
 
-Every row stands at a position of its own, so prompts of different lengths decode together; every row draws from a
-generator of its own, so what it says does not depend on its neighbours. A complete row leaves the batch at once. The
-engine is handed model and tokenizer: it calls the model only as `forward(ids, kv_cache=cache)`, knows no text, and uses
-the tokenizer for the special ids and for the tool. It opens no autocast: a model has one dtype.
+A `Batch` is a set of requests that decode together and a cache with a place for each. Every `step` is the same few
+lines: requests that wait get free places, some prompt tokens are read, all others advance by one token, each takes what
+was drawn for it. Requests join and leave at any step (continuous batching: Yu et al. 2022, Orca,
+https://www.usenix.org/conference/osdi22/presentation/yu). Each stands at a position of its own and draws from a
+generator of its own, so what it says does not depend on its neighbours. A prompt that begins like one whose keys are
+still in the cache starts from those.
+
+The engine is handed model and tokenizer: it calls the model with ids and a cache, knows no text, and uses the tokenizer
+for the special ids and for the tool. It opens no autocast: a model has one dtype.
 
     python -m nanochat.engine       compares it with GPT.generate on the newest base model
 """
+import copy
+import itertools
 import random
 import time
 from collections import deque
@@ -20,7 +27,9 @@ from nanochat.common import UserError
 from nanochat.execution import use_calculator
 
 TOOL_ERROR = "error"  # what the model reads when the calculator has no result
-PREFILL_TOKENS = 4096 # at most so many positions of a prompt batch in one forward: their logits are held in memory
+PREFILL_TOKENS = 4096 # so many prompt positions a step at most, where nobody waits for the next token
+MIN_SHARED = 16       # tokens that prompts must have in common before keys are copied, or waited for
+PATIENCE = 64         # a prompt that waits goes before one that came a step later and is at most so much shorter
 
 
 class KVCache:
@@ -38,16 +47,23 @@ class KVCache:
         self.n_layers, self.n_heads, self.head_dim = num_layers, num_heads, head_dim
         self.device = torch.device(device)
         self.k_cache = self.v_cache = None
+        self.whole, self.first_row = None, 0 # of a view (`rows`): the cache that it shows
         self.reset()
         if dtype is not None:
             self.ensure(dtype)
 
     def ensure(self, dtype):
         """Allocate in this dtype unless there is a cache already; the model calls it at every forward."""
-        if self.k_cache is None:
-            shape = (self.n_layers, self.batch_size, self.max_seq_len, self.n_heads, self.head_dim)
-            self.k_cache = torch.zeros(shape, dtype=dtype, device=self.device) # two tensors, no views of one: those
-            self.v_cache = torch.zeros(shape, dtype=dtype, device=self.device) # could not be written with gradients on
+        if self.k_cache is not None:
+            return
+        if self.whole is not None:
+            self.whole.ensure(dtype)
+            rows = slice(self.first_row, self.first_row + self.batch_size)
+            self.k_cache, self.v_cache = self.whole.k_cache[:, rows], self.whole.v_cache[:, rows]
+            return
+        shape = (self.n_layers, self.batch_size, self.max_seq_len, self.n_heads, self.head_dim)
+        self.k_cache = torch.zeros(shape, dtype=dtype, device=self.device) # two tensors, no views of one: those
+        self.v_cache = torch.zeros(shape, dtype=dtype, device=self.device) # could not be written with gradients on
 
     def set_lengths(self, lengths):
         """Say how many positions of each row count; after a padded prefill these are the true prompt lengths."""
@@ -89,25 +105,27 @@ class KVCache:
             self.k_cache[:, :, :length] = other.k_cache[:, :, :length].repeat_interleave(copies, dim=1)
             self.v_cache[:, :, :length] = other.v_cache[:, :, :length].repeat_interleave(copies, dim=1)
 
-    def drop_rows(self, rows):
-        """
-        Remove some rows. The last ones move into the holes, so the rest stays one slice and little is copied.
+    def rows(self, start, stop, lengths):
+        """A cache that shows rows start .. stop, at these lengths. What is written to it is written here."""
+        view = copy.copy(self)
+        view.batch_size, view.whole, view.first_row = stop - start, self, start
+        view.k_cache = view.v_cache = None
+        view.set_lengths(lengths)
+        if self.k_cache is not None:
+            view.ensure(self.k_cache.dtype)
+        return view
 
-        Returns a list: place i now holds what was row kept[i].
-        """
-        kept = list(range(self.batch_size))
-        for row in sorted(rows, reverse=True):
-            kept[row] = kept[-1]
-            kept.pop()
+    def copy_row(self, source, target, length):
+        """Row `target` gets the first `length` positions of row `source`."""
         if self.k_cache is not None:
             for cache in (self.k_cache, self.v_cache):
-                for place, row in enumerate(kept):
-                    if place != row:
-                        cache[:, place] = cache[:, row]
-            self.k_cache, self.v_cache = self.k_cache[:, :len(kept)], self.v_cache[:, :len(kept)]
-        self.batch_size = len(kept)
-        self.set_lengths([self.positions[row] for row in kept])
-        return kept
+                cache[:, target, :length] = cache[:, source, :length]
+
+    def swap_rows(self, a, b, length):
+        """Rows a and b change places, their first `length` positions at least."""
+        if self.k_cache is not None:
+            for cache in (self.k_cache, self.v_cache):
+                cache[:, [a, b], :length] = cache[:, [b, a], :length]
 
 # -----------------------------------------------------------------------------
 # Sampling
@@ -126,13 +144,20 @@ def _uniforms(rng, num_rows, device):
     return 1 - draws.to(device).unsqueeze(1)
 
 
-def sample_next_token(logits, rng, temperature=1.0, top_k=None):
+def sample_next_token(logits, rng, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """
     Draw one id for each row.
 
-    logits (B, V); rng one torch.Generator, or a list with one per row; temperature >= 0, 0 = argmax (no draw is used);
-    top_k keeps the k largest logits of a row, None or <= 0 = no limit. Returns ids (B, 1), int64. Raises ValueError for
-    the temperature, UserError for a row of logits that no id can be drawn from.
+    logits       (B, V)
+    rng          one torch.Generator, or a list with one per row
+    temperature  >= 0; 0 = argmax, and no draw is used
+    top_k        keep the k largest logits of a row; None or <= 0 = no limit
+    top_p        keep the likeliest ids that together reach this probability (nucleus sampling, Holtzman et al. 2019,
+                 https://arxiv.org/abs/1904.09751), after temperature and top_k; None or >= 1 = no limit
+    min_p        keep ids at least this fraction as likely as the likeliest (Nguyen et al. 2024,
+                 https://arxiv.org/abs/2407.01082); None or <= 0 = no limit
+    Returns ids (B, 1), int64. Raises ValueError for the temperature, UserError for a row of logits that no id can be
+    drawn from.
     """
     if not temperature >= 0: # nan is not either
         raise ValueError(f"temperature must be at least 0, got {temperature}")
@@ -141,12 +166,16 @@ def sample_next_token(logits, rng, temperature=1.0, top_k=None):
                         "--dtype float32 if the dtype is too coarse")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    ids = None
-    if top_k is not None and top_k > 0:
-        logits, ids = torch.topk(logits, min(top_k, logits.size(-1)), dim=-1) # (B, k), descending
+    is_nucleus, ids = top_p is not None and top_p < 1, None
+    if is_nucleus or top_k is not None and top_k > 0: # (B, k), descending
+        logits, ids = torch.topk(logits, min(top_k or logits.size(-1), logits.size(-1)), dim=-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # The maximum goes first: a tiny temperature must not overflow.
     probs = torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+    if is_nucleus: # what stands before an id has not reached top_p yet; the first one always stays
+        probs = probs.where((probs.cumsum(dim=-1) - probs < top_p).index_fill(-1, ids.new_zeros(1), True), 0)
+    if min_p is not None and min_p > 0:
+        probs = probs.where(probs >= min(min_p, 1) * probs.amax(dim=-1, keepdim=True), 0)
     # Inverse CDF: the first id whose cumulative probability reaches u times the total. As u > 0, one of probability
     # zero is never taken; as u <= 1, there always is one. Small changes of the logits move few draws.
     cdf = probs.cumsum(dim=-1)
@@ -154,22 +183,291 @@ def sample_next_token(logits, rng, temperature=1.0, top_k=None):
     return drawn if ids is None else ids.gather(1, drawn)
 
 # -----------------------------------------------------------------------------
+# Requests and the batch they decode in
 
-class Row:
-    """One sample of one prompt: what it has said, and the state of its tool call."""
+class Request:
+    """One completion of one prompt: what is asked for, what has come of it, and the state of its tool call."""
 
-    def __init__(self, prompt_len, limit, seed):
-        self.prompt_len = prompt_len
-        self.limit = limit       # most tokens it may get, forced ones and the terminal one included
+    def __init__(self, prompt, max_tokens=None, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=42,
+                 logprobs=None, on_token=None, on_end=None):
+        """
+        prompt      non-empty list of ids
+        max_tokens  most tokens it may get, forced ones and the terminal one included; None: until the cache is full
+        temperature, top_k, top_p, min_p    see `sample_next_token`
+        seed        of its own generator: the same draws in any batch, on any device
+        logprobs    None, or how many of the likeliest ids each token comes with, under the logits before temperature
+        on_token    called with (token, mask, logprob) for every token, the terminal one included; True ends the
+                    request. logprob: None, or (of the token in nats, [(id, its logprob), ...])
+        on_end      called with the request when it has ended
+        Both are called by the thread that steps the batch, between two steps of the model.
+        """
+        self.prompt, self.max_tokens = list(prompt), max_tokens
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.rng = torch.Generator().manual_seed(seed) # on the CPU: the same draws on every device
-        self.tokens = []         # the completion without its terminal token
-        self.end = []            # its terminal token, when it has come
-        self.masks = []          # 1 = sampled, 0 = forced by the tool
-        self.forced = deque()    # ids that come next, whatever is sampled
-        self.expression = None   # ids of the tool call so far, None outside of one
-        self.done = False
-        self.output = None       # (token, mask) that it contributes to the current column
+        self.logprobs, self.on_token, self.on_end = logprobs, on_token, on_end
+        self.tokens = []          # the completion without its terminal token
+        self.masks = []           # 1 = sampled, 0 = forced by the tool
+        self.end = []             # its terminal token, when it has come
+        self.finish_reason = None # stop, length or cancelled, when it has ended
+        self.cached_tokens = 0    # so many of the prompt's tokens were not read but found in the cache
+        self.is_cancelled = False
+        self.forced = deque()     # ids that come next, whatever is sampled
+        self.expression = None    # ids of the tool call so far, None outside of one
 
+    @property
+    def done(self):
+        return self.finish_reason is not None
+
+    def cancel(self):
+        """From any thread: the request ends before the next step, wherever it is."""
+        self.is_cancelled = True
+
+    def column(self, i):
+        """(token, mask) number i, the terminal token included; None when there is none (yet)."""
+        if i < len(self.tokens):
+            return self.tokens[i], self.masks[i]
+        if i == len(self.tokens) and self.end:
+            return self.end[0], 1
+        return None
+
+    def finish(self, reason):
+        self.finish_reason = reason
+        if self.on_end is not None:
+            self.on_end(self)
+
+
+class Place:
+    """One row of the cache: whose it is, and the ids whose keys it holds."""
+
+    def __init__(self):
+        self.request = None # the one that reads or decodes here; None when idle
+        self.ids = []       # their keys are in the cache, those of an ended request too
+        self.joined = 0     # step at which its request came
+        self.left = 0       # step at which the last one went
+
+
+def num_shared(a, b):
+    """How many ids two lists have in common at their beginning."""
+    length = min(len(a), len(b))
+    if a[:length] == b[:length]:
+        return length
+    return next(i for i in range(length) if a[i] != b[i])
+
+
+class Batch:
+    """
+    Requests that decode together. Its rows stand in three neighbouring groups, so that a forward takes a slice:
+
+        0 .. num_decoding          one more id a step
+        num_decoding .. num_busy   prompts that are still being read
+        num_busy .. max_rows       idle: their keys serve prompts that begin alike, until the place is needed
+
+    Not thread-safe: one thread submits and steps, any thread may cancel a request.
+    """
+
+    def __init__(self, engine, max_rows, capacity=None, prefill_tokens=256):
+        """
+        max_rows        requests that decode at the same time; the others wait
+        capacity        positions of each row; None: the context of the model
+        prefill_tokens  so many prompt positions a step at most: what a long prompt makes the others wait
+        """
+        self.engine, self.model, self.prefill_tokens = engine, engine.model, prefill_tokens
+        config = self.model.config
+        self.capacity = config.sequence_len if capacity is None else capacity
+        self.cache = KVCache(max_rows, config.n_kv_head, self.capacity, config.n_embd // config.n_head, config.n_layer,
+                             self.model.get_device())
+        self.places = [Place() for _ in range(max_rows)]
+        self.num_decoding = self.num_busy = self.num_steps = 0
+        self.waiting = deque()
+
+    @property
+    def num_waiting(self):
+        return len(self.waiting)
+
+    def submit(self, request):
+        """
+        Let a request wait for a place. One that asks for more tokens than the capacity leaves gets those: a prompt of P
+        tokens leaves S-P+1, since the last needs no forward. Raises ValueError for a prompt that is empty or too long.
+        """
+        length = len(request.prompt)
+        if not length:
+            raise ValueError("a prompt must hold at least one token (bos), got an empty list")
+        if length > self.capacity:
+            raise ValueError(f"a prompt of {length} tokens exceeds the context of {self.capacity}: shorten it, or pass "
+                             "max_tokens to go beyond the context")
+        room = self.capacity - length + 1
+        request.max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+        if request.max_tokens <= 0:
+            request.finish("length")
+        else:
+            self.waiting.append(request)
+
+    @torch.inference_mode()
+    def step(self):
+        """One round for all. Returns how many requests still run or wait."""
+        self.num_steps += 1
+        self._drop_cancelled()
+        self._admit()
+        logits = [*self._decode(), *self._read()] # in the order of the rows: those that have read theirs join behind
+        if logits:
+            logits = torch.cat(logits)
+            for i, token in enumerate(self._sample(logits)):
+                self._accept(self.places[i].request, token, logits[i])
+        for i in reversed(range(self.num_decoding)):
+            if self.places[i].request.done:
+                self._release(i)
+        return self.num_busy + len(self.waiting)
+
+    def _accept(self, request, token, logits):
+        """A request gets its next token, tells whoever listens, and may have ended."""
+        token, mask = self.engine.accept(request, token)
+        logprob = None
+        if request.logprobs is not None:
+            logprobs = logits.float().log_softmax(dim=-1)
+            top = logprobs.topk(request.logprobs)
+            logprob = (logprobs[token].item(), list(zip(top.indices.tolist(), top.values.tolist())))
+        is_stopped = request.on_token is not None and request.on_token(token, mask, logprob)
+        if request.end or is_stopped:
+            request.finish("stop")
+        elif len(request.tokens) >= request.max_tokens:
+            request.finish("length")
+
+    # ---- places ----
+
+    def _swap(self, a, b):
+        """Two places change their rows, so that groups stay neighbours."""
+        if a != b:
+            self.cache.swap_rows(a, b, max(len(self.places[a].ids), len(self.places[b].ids)))
+            self.places[a], self.places[b] = self.places[b], self.places[a]
+
+    def _drop_cancelled(self):
+        for request in [request for request in self.waiting if request.is_cancelled]:
+            self.waiting.remove(request)
+            request.finish("cancelled")
+        for i in reversed(range(self.num_busy)):
+            request = self.places[i].request
+            if request.is_cancelled:
+                self._release(i)
+                request.finish("cancelled")
+
+    def _release(self, i):
+        """The request of place i goes; its keys stay."""
+        place = self.places[i]
+        place.request, place.left = None, self.num_steps
+        if i < self.num_decoding:
+            self.num_decoding -= 1
+            self._swap(i, self.num_decoding)
+            i = self.num_decoding
+        self.num_busy -= 1
+        self._swap(i, self.num_busy)
+
+    def _admit(self):
+        """Requests that wait get free places, in turn, unless the beginning of their prompt is just being read."""
+        if self.num_busy == len(self.places):
+            return
+        for request in list(self.waiting):
+            prompt = request.prompt
+            shared = [num_shared(prompt[:-1], place.ids) for place in self.places] # the last token gives the logits
+            best = max(range(len(shared)), key=lambda i: (shared[i], i >= self.num_busy))
+            reading = [place.request.prompt for place in self.places[self.num_decoding:self.num_busy]]
+            if any(prompt == other or num_shared(prompt, other) >= shared[best] + MIN_SHARED for other in reading):
+                continue
+            self._start(request, best, shared[best] if shared[best] >= MIN_SHARED else 0)
+            self.waiting.remove(request)
+            if self.num_busy == len(self.places):
+                return
+
+    def _start(self, request, source, length):
+        """Give a request a place, with the first `length` keys of place `source`."""
+        is_taken_over = length and source >= self.num_busy
+        target = source if is_taken_over else min(range(self.num_busy, len(self.places)),
+                                                  key=lambda i: self.places[i].left)
+        place = self.places[target]
+        if length and not is_taken_over:
+            self.cache.copy_row(source, target, length)
+        place.request, place.ids, place.joined = request, request.prompt[:length], self.num_steps
+        request.cached_tokens = length
+        self._swap(target, self.num_busy)
+        self.num_busy += 1
+
+    # ---- the model ----
+
+    def _decode(self):
+        """One position more of every decoding row. Returns a list of logits: one (num_decoding, V), or none."""
+        places = self.places[:self.num_decoding]
+        if not places:
+            return []
+        cache = self.cache.rows(0, len(places), [len(place.ids) for place in places])
+        last = [place.request.tokens[-1] for place in places]
+        logits = self.model.forward(torch.tensor(last, device=cache.device)[:, None], kv_cache=cache)[:, -1]
+        for place, token in zip(places, last, strict=True):
+            place.ids.append(token)
+        return [logits]
+
+    def _read(self):
+        """
+        Read some prompt tokens. Requests whose prompt is complete join those that decode, and so do waiting ones with
+        the very same prompt. Returns a list of logits (1, V), one for each that joined.
+        """
+        chosen, width = self._choose_prompts()
+        if not chosen:
+            return []
+        for i, place in enumerate(chosen):
+            self._swap(self.places.index(place), self.num_decoding + i)
+        pieces = [place.request.prompt[len(place.ids):len(place.ids) + width] for place in chosen]
+        cache = self.cache.rows(self.num_decoding, self.num_decoding + len(chosen), [len(p.ids) for p in chosen])
+        # Padding is seen by no real token (attention is causal), and its keys lie beyond the row's length afterwards.
+        ids = torch.tensor([piece + piece[:1] * (width - len(piece)) for piece in pieces], device=cache.device)
+        for place, piece in zip(chosen, pieces, strict=True):
+            place.ids += piece
+        complete = [i for i, place in enumerate(chosen) if len(place.ids) == len(place.request.prompt)]
+        at = torch.tensor([i * width + len(pieces[i]) - 1 for i in complete], dtype=torch.int64, device=cache.device)
+        joined = []
+        for i, logits in zip(complete, self.engine.logits_at(ids, at, cache).split(1)):
+            self._join(chosen[i])
+            twins = [request for request in self.waiting if request.prompt == chosen[i].request.prompt]
+            twins = twins[:len(self.places) - self.num_busy]
+            for request in twins:
+                self._start(request, self.places.index(chosen[i]), len(request.prompt))
+                self._join(self.places[self.num_busy - 1])
+                self.waiting.remove(request)
+            joined += [logits] * (1 + len(twins))
+        return joined
+
+    def _choose_prompts(self):
+        """The places whose prompts are read in this step, and how many tokens of each: the short first, but in time."""
+        def left(place):
+            return len(place.request.prompt) - len(place.ids)
+
+        chosen, width = [], 0
+        for place in sorted(self.places[self.num_decoding:self.num_busy], key=lambda p: left(p) + PATIENCE * p.joined):
+            wider, more = max(width, left(place)), [*chosen, place]
+            is_too_much = len(more) * wider > self.prefill_tokens
+            if chosen and (is_too_much or max(len(p.ids) for p in more) + wider > self.capacity): # padding needs room
+                break
+            chosen, width = more, wider
+        return chosen, min(width, self.prefill_tokens)
+
+    def _join(self, place):
+        """The prompt of a place is read: from now on it decodes."""
+        self._swap(self.places.index(place), self.num_decoding)
+        self.num_decoding += 1
+
+    def _sample(self, logits):
+        """Draw an id for every decoding row from its logits (num_decoding, V). Returns a list of ids."""
+        requests, groups = [place.request for place in self.places[:self.num_decoding]], {}
+        for i, request in enumerate(requests): # equal settings draw together
+            settings = (request.temperature, request.top_k, request.top_p, request.min_p)
+            groups.setdefault(settings, []).append(i)
+        ids = [None] * len(requests)
+        for settings, rows in groups.items():
+            of_group = logits if len(groups) == 1 else logits[rows]
+            drawn = sample_next_token(of_group, [requests[i].rng for i in rows], *settings)
+            for i, token in zip(rows, drawn.flatten().tolist(), strict=True):
+                ids[i] = token
+        return ids
+
+# -----------------------------------------------------------------------------
 
 class Engine:
     """Decodes with one model. Holds no state between calls."""
@@ -194,7 +492,9 @@ class Engine:
         terminal token of a row is yielded; a row that is complete yields assistant_end with mask 0 from then on.
         Raises ValueError for an empty prompt and, without max_tokens, for one that exceeds the cache.
         """
-        return self._decode([tokens], self._rows(tokens, num_samples, max_tokens, seed), temperature, top_k)
+        batch, (requests,) = self._submit([tokens], num_samples, max_tokens, [seed], num_samples,
+                                          temperature=temperature, top_k=top_k)
+        return self._columns(batch, requests)
 
     def generate_batch(self, tokens, num_samples=1, seed=42, **kwargs):
         """
@@ -217,100 +517,64 @@ class Engine:
         `keep_end`.
         """
         seeds = seed if isinstance(seed, list) else [derive_seed(seed, i) for i in range(len(prompts))]
-        samples = [self._rows(prompt, num_samples, max_tokens, s) for prompt, s in zip(prompts, seeds, strict=True)]
-        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) # neighbours need little padding
-        prompts_at_once = max(1, batch_size // max(1, num_samples))
-        for start in range(0, len(prompts), prompts_at_once):
-            chosen = by_length[start:start + prompts_at_once]
-            for first in range(0, num_samples, batch_size): # one turn unless a prompt alone has more samples than that
-                rows = [row for i in chosen for row in samples[i][first:first + batch_size]]
-                for _ in self._decode([prompts[i] for i in chosen], rows, temperature, top_k):
-                    pass
+        batch, samples = self._submit(prompts, num_samples, max_tokens, seeds, batch_size, temperature=temperature,
+                                      top_k=top_k)
+        while batch.step():
+            pass
         return [[(row.tokens + row.end * keep_end, row.masks + [1] * len(row.end) * keep_end) for row in rows]
                 for rows in samples]
 
-    def _rows(self, prompt, num_samples, max_tokens, seed):
-        """Check one request and make its rows."""
-        if not prompt:
-            raise ValueError("a prompt must hold at least one token (bos), got an empty list")
-        capacity = self.model.config.sequence_len
-        if max_tokens is None and len(prompt) > capacity:
-            raise ValueError(f"a prompt of {len(prompt)} tokens exceeds the context of {capacity}: shorten it, or pass "
-                             "max_tokens to go beyond the context")
-        limit = capacity - len(prompt) + 1 if max_tokens is None else max_tokens
-        return [Row(len(prompt), limit, derive_seed(seed, row)) for row in range(num_samples)]
+    def _submit(self, prompts, num_samples, max_tokens, seeds, max_rows, **settings):
+        """A batch with num_samples requests for each prompt, and those requests."""
+        capacity = None if max_tokens is None else max((len(p) + max(0, max_tokens - 1) for p in prompts), default=1)
+        batch = Batch(self, max(1, min(max_rows, num_samples * len(prompts))), capacity, PREFILL_TOKENS)
+        samples = [[Request(prompt, max_tokens, seed=derive_seed(seed, row), **settings) for row in range(num_samples)]
+                   for prompt, seed in zip(prompts, seeds, strict=True)]
+        for rows in sorted(samples, key=lambda rows: -len(rows[0].prompt) if rows else 0): # of like length together
+            for request in rows:
+                batch.submit(request)
+        return batch, samples
 
-    @torch.inference_mode() # on a generator: entered and left around every step, so nothing stays set at a yield
-    def _decode(self, prompts, rows, temperature, top_k):
-        """Yield a column of ids and one of masks per step for `rows`, which are len(rows) / len(prompts) per prompt."""
-        if all(row.limit <= 0 for row in rows):
-            return
-        logits, prompt_cache = self._prefill(prompts)
-        cache = self._make_cache(len(rows), max(row.prompt_len + row.limit - 1 for row in rows))
-        cache.prefill(prompt_cache)
-        del prompt_cache
-        logits = logits.repeat_interleave(len(rows) // len(prompts), dim=0)
-        live = rows # those that still decode, in the order of the cache's rows
-        while True:
-            sampled = sample_next_token(logits, [row.rng for row in live], temperature, top_k)
-            for row, token in zip(live, sampled.flatten().tolist(), strict=True):
-                row.output = self._accept(row, token)
-            yield [row.output[0] for row in rows], [row.output[1] for row in rows]
-            for row in live:
-                if row.done:
-                    row.output = (self.assistant_end, 0)
-            live = [live[i] for i in cache.drop_rows([i for i, row in enumerate(live) if row.done])]
-            if not live:
+    def _columns(self, batch, requests):
+        """Step the batch as far as each column of `generate` needs it."""
+        for i in itertools.count():
+            while any(request.column(i) is None and not request.done for request in requests):
+                batch.step()
+            columns = [request.column(i) for request in requests]
+            if all(column is None for column in columns):
                 return
-            ids = torch.tensor([[row.output[0]] for row in live], device=cache.device)
-            logits = self.model.forward(ids, kv_cache=cache)[:, -1]
+            columns = [column or (self.assistant_end, 0) for column in columns]
+            yield [token for token, _ in columns], [mask for _, mask in columns]
 
-    def _prefill(self, prompts):
-        """Run all prompts, padded on the right. Returns the logits (N, V) after each one's last token, and a cache."""
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        cache = self._make_cache(len(prompts), longest)
-        # Padding is seen by no real token (attention is causal), and its keys lie beyond the row's length afterwards.
-        ids = torch.tensor([prompt + prompt[:1] * (longest - len(prompt)) for prompt in prompts], device=cache.device)
-        width = max(1, PREFILL_TOKENS // len(prompts))
-        last_logits = [None] * len(prompts)
-        for start in range(0, longest, width):
-            logits = self.model.forward(ids[:, start:start + width], kv_cache=cache) # (N, <= width, V)
-            for i, length in enumerate(lengths):
-                if start < length <= start + width:
-                    last_logits[i] = logits[i, length - 1 - start].clone() # not a view that keeps all the others
-        cache.set_lengths(lengths)
-        return torch.stack(last_logits), cache
+    def logits_at(self, ids, at, cache):
+        """Run ids (B, T) with a cache. Returns the logits (N, V) at the flat positions `at` (N,)."""
+        if hasattr(self.model, "logits_at"): # the head of a small model is most of its work
+            return self.model.logits_at(ids, at, kv_cache=cache)
+        return self.model.forward(ids, kv_cache=cache).flatten(0, 1)[at]
 
-    def _make_cache(self, batch_size, seq_len):
-        config = self.model.config
-        return KVCache(batch_size, config.n_kv_head, seq_len, config.n_embd // config.n_head, config.n_layer,
-                       self.model.get_device())
-
-    def _accept(self, row, sampled):
-        """Advance a row's state machine by one token; returns (token, mask)."""
-        token, mask = (row.forced.popleft(), 0) if row.forced else (sampled, 1)
+    def accept(self, request, token):
+        """Give a request the token that was drawn for it, or one that its tool forces. Returns (token, mask)."""
+        token, mask = (request.forced.popleft(), 0) if request.forced else (token, 1)
         if token in self.terminal:
-            row.done, row.end = True, [token]
+            request.end = [token]
             return token, mask
-        row.tokens.append(token)
-        row.masks.append(mask)
-        row.done = len(row.tokens) >= row.limit
+        request.tokens.append(token)
+        request.masks.append(mask)
         if token == self.python_start:
-            row.expression = []
+            request.expression = []
         elif token == self.python_end:
-            self._call_tool(row)
-        elif row.expression is not None:
-            row.expression.append(token)
+            self._call_tool(request)
+        elif request.expression is not None:
+            request.expression.append(token)
         return token, mask
 
-    def _call_tool(self, row):
+    def _call_tool(self, request):
         """End of a tool call, if one is open: what the calculator says comes next, or that it had no result."""
-        expression, row.expression = row.expression, None
+        expression, request.expression = request.expression, None
         if expression:
             result = use_calculator(self.tokenizer.decode(expression))
             said = TOOL_ERROR if result is None else str(result)
-            row.forced.extend([self.output_start, *self.tokenizer.encode(said), self.output_end])
+            request.forced.extend([self.output_start, *self.tokenizer.encode(said), self.output_end])
 
 # -----------------------------------------------------------------------------
 

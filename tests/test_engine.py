@@ -5,7 +5,7 @@ HistoryModel is the sharp one: its next-token logits are a function of every id 
 only from what it wrote into the KV cache. Any mistake in positions, padding, copying or dropping rows changes the text.
 """
 import math
-from collections import Counter
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 
 import nanochat.engine
 from nanochat.common import UserError
-from nanochat.engine import Engine, KVCache, derive_seed, sample_next_token
+from nanochat.engine import Batch, Engine, KVCache, Request, derive_seed, sample_next_token
 from nanochat.gpt import GPT, GPTConfig
 
 V = 262 # 256 bytes and six special tokens
@@ -44,13 +44,14 @@ class UniformModel:
     """All logits zero; counts its forwards and remembers how many rows each had."""
     def __init__(self, device="cpu", sequence_len=128):
         self.config = SimpleNamespace(n_head=4, n_kv_head=4, n_embd=64, n_layer=2, sequence_len=sequence_len)
-        self.device, self.rows = device, []
+        self.device, self.rows, self.sizes = device, [], []
 
     def get_device(self):
         return self.device
 
     def forward(self, ids, kv_cache=None):
         self.rows.append(ids.size(0))
+        self.sizes.append(ids.numel())
         logits = self.logits(ids, kv_cache)
         kv_cache.advance(ids.size(1))
         return logits
@@ -72,6 +73,8 @@ class ScriptedModel(UniformModel):
 
 class HistoryModel(UniformModel):
     """Logits are a fixed wild function of the row's whole history, which it reads back from the cache."""
+    MODULUS = 9973
+
     def logits(self, ids, kv_cache):
         kv_cache.ensure(torch.float32)
         keys, _ = kv_cache.get_layer_cache(1)
@@ -80,7 +83,7 @@ class HistoryModel(UniformModel):
             for t, token in enumerate(ids[row].tolist()):
                 keys[row, start + t] = token
                 history = keys[row, :start + t + 1, 3, 5].tolist()
-                seeds[row, t] = sum((p + 1) * (token + 7) for p, token in enumerate(history)) % 9973
+                seeds[row, t] = sum((p + 1) * (token + 7) for p, token in enumerate(history)) % self.MODULUS
         return 4 * torch.sin(seeds[:, :, None] * (torch.arange(V) + 1.3)).float()
 
 
@@ -168,19 +171,31 @@ def test_rows_at_different_positions():
         cache.get_pos()
 
 
-@pytest.mark.parametrize("dropped", [[], [0], [4], [1, 3], [0, 1, 2], [2, 3, 4], [0, 1, 2, 3, 4]])
-def test_dropped_rows_leave_the_others_contiguous(dropped):
-    cache = KVCache(5, 1, 8, 2, 2, "cpu", torch.float32)
-    for row in range(5):
+def test_rows_of_a_cache_are_views_at_lengths_of_their_own():
+    cache = KVCache(4, 1, 8, 2, 2, "cpu")
+    view = cache.rows(1, 3, [2, 5])
+    view.ensure(torch.float32) # what the model does in its first forward
+    keys, values = view.get_layer_cache(1)
+    keys[:, 0], values[:, 0] = 1, 2
+    view.advance(1)
+    assert view.positions == view.cache_seqlens.tolist() == [3, 6] and cache.positions == [0] * 4
+    for stored, value in [(cache.k_cache, 1), (cache.v_cache, 2)]:
+        assert stored[1, :, 0, 0, 0].tolist() == [0, value, value, 0]
+    assert keys.is_contiguous() and cache.rows(1, 3, [0, 0]).k_cache.data_ptr() == view.k_cache.data_ptr()
+    with pytest.raises(ValueError, match="holds 8 positions per row, 9 are needed"):
+        cache.rows(0, 1, [9])
+
+
+def test_rows_of_a_cache_are_swapped_and_copied():
+    cache = KVCache(3, 1, 8, 2, 2, "cpu", torch.float32)
+    for row in range(3):
         cache.k_cache[:, row], cache.v_cache[:, row] = row, 10 + row
-    cache.set_lengths([1, 2, 3, 4, 5])
-    kept = cache.drop_rows(dropped)
-    assert sorted(kept) == [row for row in range(5) if row not in dropped] and cache.batch_size == len(kept)
-    assert cache.positions == cache.cache_seqlens.tolist() == [row + 1 for row in kept]
+    cache.swap_rows(0, 2, 5)
+    cache.copy_row(0, 1, 3)
     for layer in range(2):
         keys, values = cache.get_layer_cache(layer)
-        assert keys.is_contiguous() and keys[:, 3, 0, 0].tolist() == kept
-        assert values[:, 3, 0, 0].tolist() == [row + 10 for row in kept]
+        assert keys[:, :, 0, 0].tolist() == [[2] * 5 + [0] * 3, [2] * 3 + [1] * 5, [0] * 5 + [2] * 3]
+        assert (values == keys + 10).all()
 
 # ---- sampling ----
 
@@ -200,6 +215,20 @@ def test_draws_follow_the_distribution(temperature, top_k):
     observed = torch.bincount(ids.flatten(), minlength=5) / n
     assert (observed - expected).abs().max() < 4 * math.sqrt(0.25 / n) # four standard errors at most
     assert not observed[expected == 0].any()
+
+
+@pytest.mark.parametrize("kept, settings", [
+    ([2, 0], {"top_p": 0.7}), ([2], {"top_p": 0.5}), ([2], {"top_p": 0.0}), ([2, 0, 3], {"top_p": 0.91}),
+    ([2, 0, 3, 1], {"top_p": 1.0}), ([2, 0, 3, 1], {"min_p": 0.0}), ([2, 0], {"min_p": 0.3}), ([2], {"min_p": 1.0}),
+    ([2], {"min_p": 7.0}), ([2, 0], {"top_k": 2, "top_p": 0.95}), ([2], {"top_k": 2, "top_p": 0.6}),
+    ([2, 0], {"top_p": 0.95, "min_p": 0.3}), ([2, 0, 3], {"top_k": 3, "min_p": 0.01})])
+def test_nucleus_and_min_p_keep_what_their_papers_say(kept, settings):
+    probs = torch.tensor([0.23, 0.05, 0.62, 0.10, 0.0])
+    n = 20_000
+    ids = sample_next_token(probs.log().expand(n, 5), torch.Generator().manual_seed(0), **settings)
+    expected = torch.zeros(5).index_copy(0, torch.tensor(kept), probs[kept] / probs[kept].sum())
+    assert (torch.bincount(ids.flatten(), minlength=5) / n - expected).abs().max() < 4 * math.sqrt(0.25 / n)
+    assert not set(ids.flatten().tolist()) - set(kept)
 
 
 def test_each_row_draws_from_its_own_generator():
@@ -421,16 +450,208 @@ def test_rows_without_max_tokens_stop_at_their_own_capacity():
     assert max(prompt_len + num_tokens for prompt_len, num_tokens in lengths) == 49 # the last one needs no room
 
 
-def test_long_prompts_are_read_in_pieces_with_the_same_result(monkeypatch):
+@pytest.mark.parametrize("prefill_tokens", [1, 3, 30])
+def test_long_prompts_are_read_in_pieces_with_the_same_result(monkeypatch, prefill_tokens):
     whole = make_engine(HistoryModel()).generate_many(PROMPTS, max_tokens=6, temperature=0)
-    monkeypatch.setattr(nanochat.engine, "PREFILL_TOKENS", 30)
+    monkeypatch.setattr(nanochat.engine, "PREFILL_TOKENS", prefill_tokens)
     model = HistoryModel()
     assert make_engine(model).generate_many(PROMPTS, max_tokens=6, temperature=0) == whole
-    assert Counter(model.rows)[8] >= 41 // (30 // 8)
+    assert max(model.sizes) <= max(prefill_tokens, len(PROMPTS)) and len(model.sizes) > sum(map(len, PROMPTS)) / 30
 
 
 def test_no_prompts_give_no_completions():
     assert make_engine(UniformModel()).generate_many([]) == []
+
+# ---- a running batch ----
+
+def alone(model, request, capacity=None):
+    """What a request gives in a batch of its own: (tokens, masks, end)."""
+    batch = Batch(make_engine(model), 1, capacity)
+    copied = Request(request.prompt, request.max_tokens, request.temperature, request.top_k, request.top_p,
+                     request.min_p, seed=request.rng.initial_seed())
+    batch.submit(copied)
+    while batch.step():
+        pass
+    return copied.tokens, copied.masks, copied.end
+
+
+def check_places(batch):
+    """What must hold between any two steps."""
+    places = batch.places
+    assert 0 <= batch.num_decoding <= batch.num_busy <= len(places)
+    for i, place in enumerate(places):
+        assert (place.request is not None) == (i < batch.num_busy)
+        if i < batch.num_decoding: # all but the last token have their keys in the cache
+            assert place.ids == place.request.prompt + place.request.tokens[:-1]
+        elif i < batch.num_busy:
+            assert place.ids == place.request.prompt[:len(place.ids)]
+    if batch.cache.k_cache is not None: # HistoryModel writes every id as its key
+        for i, place in enumerate(places):
+            assert batch.cache.k_cache[1, i, :len(place.ids), 3, 5].tolist() == place.ids
+
+
+SETTINGS = [{"temperature": 0}, {}, {"top_k": 20}, {"top_p": 0.5, "temperature": 1.5}, {"min_p": 0.2},
+            {"top_k": 9, "top_p": 0.7}]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_requests_that_come_and_go_say_what_they_say_alone(seed):
+    """Prompts that begin alike or are turns of one conversation, joining, ending and cancelled at random steps."""
+    draw = random.Random(seed)
+    model, capacity = HistoryModel(sequence_len=100), draw.choice([None, 80])
+    batch = Batch(make_engine(model), draw.randint(1, 5), capacity, prefill_tokens=draw.choice([3, 20, 256]))
+    stems, requests, cancelled = [[BOS] + [draw.randrange(256) for _ in range(n)] for n in (2, 20, 30)], [], []
+    for _ in range(300):
+        if draw.random() < 0.3 and len(requests) < 40:
+            earlier = [r.prompt + r.tokens + r.end for r in requests if len(r.prompt) + len(r.tokens) < 60]
+            stem = draw.choice(stems + earlier)
+            prompt = stem + [draw.randrange(256) for _ in range(draw.choice([0, 1, 7, 15]))]
+            requests.append(Request(prompt, draw.choice([None, 1, 5, 20]), seed=len(requests), **draw.choice(SETTINGS)))
+            batch.submit(requests[-1])
+        running = [request for request in requests if not request.done]
+        if running and draw.random() < 0.05:
+            cancelled.append(draw.choice(running))
+            cancelled[-1].cancel()
+        left = batch.step()
+        assert left == sum(not request.done for request in requests)
+        check_places(batch)
+    while batch.step():
+        check_places(batch)
+    assert any(request.cached_tokens >= 16 for request in requests)
+    for request in requests:
+        tokens, masks, end = alone(model, request, capacity)
+        if request in cancelled:
+            assert request.finish_reason == "cancelled" and tokens[:len(request.tokens)] == request.tokens
+        else:
+            assert (request.tokens, request.masks, request.end) == (tokens, masks, end)
+            assert request.finish_reason == ("stop" if end else "length")
+
+
+def test_a_second_turn_reads_only_what_is_new():
+    model = HistoryModel()
+    batch = Batch(make_engine(model), 2)
+    first = Request([BOS, *range(30)], max_tokens=10, temperature=0)
+    batch.submit(first)
+    while batch.step():
+        pass
+    model.sizes.clear()
+    second = Request(first.prompt + first.tokens + [7, 8, 9], max_tokens=1, temperature=0)
+    batch.submit(second)
+    unread = 0 if first.end else 1 # the last token of an answer is read only when another one is wanted
+    assert batch.step() == 0 and second.cached_tokens == 31 + len(first.tokens) - unread
+    assert model.sizes == [unread + 3]
+
+
+def test_equal_prompts_are_read_once_and_alike_ones_in_part():
+    model = HistoryModel()
+    batch = Batch(make_engine(model), 4)
+    stem = [BOS, *range(40)]
+    requests = [Request(prompt, 3, seed=i) for i, prompt in enumerate([stem, stem, stem + [1, 2], [BOS, 5]])]
+    for request in requests:
+        batch.submit(request)
+    batch.step()
+    assert model.sizes == [2 * 41] # the first and the last; [BOS, 5] padded; the others wait for the stem
+    assert [len(request.tokens) for request in requests] == [1, 1, 0, 1]
+    assert [request.cached_tokens for request in requests[:2]] == [0, 41]
+    batch.step()
+    assert model.sizes[1:] == [3, 2] and requests[2].cached_tokens == 41
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    model = HistoryModel(sequence_len=2000)
+    batch = Batch(make_engine(model), 8, prefill_tokens=50)
+    running, long, short = Request([BOS], 300), Request([BOS] + [3] * 1500, 5), Request([BOS, 4, 5], 5)
+    batch.submit(running)
+    batch.step()
+    batch.submit(long)
+    batch.step()
+    batch.submit(short)
+    for _ in range(2):
+        batch.step()
+    assert len(short.tokens) >= 1 and not long.tokens
+    assert len(running.tokens) == 4 # and nobody who decodes waits for either
+    for _ in range(1500 // 50 + 1):
+        batch.step()
+    assert long.tokens
+
+
+def test_a_long_prompt_gets_its_turn_among_short_ones():
+    batch = Batch(make_engine(HistoryModel(sequence_len=400)), 3, prefill_tokens=10)
+    long = Request([BOS] + [3] * 200, 1)
+    batch.submit(long)
+    for i in range(60):
+        batch.submit(Request([BOS, i, i + 1, i + 2, i + 3, i + 4], 1))
+        batch.step()
+    assert long.done
+
+
+@pytest.mark.parametrize("steps, has_tokens", [(0, False), (1, False), (4, True)])
+def test_cancelling_frees_the_place_at_the_next_step(steps, has_tokens):
+    """While it waits, while its prompt is read, while it decodes."""
+    batch, ended = Batch(make_engine(HistoryModel()), 1, prefill_tokens=8), []
+    request = Request([BOS] + [9] * 20, 50, on_end=ended.append)
+    other = Request([BOS, 1], 1)
+    batch.submit(request)
+    batch.submit(other)
+    for _ in range(steps):
+        batch.step()
+    assert bool(request.tokens) == has_tokens and not ended
+    request.cancel()
+    batch.step()
+    assert request.finish_reason == "cancelled" and ended == [request] and other.finish_reason == "length"
+
+
+def test_listeners_hear_every_token_and_may_end_a_request():
+    heard, ended = [], []
+    def listen(token, mask, logprob):
+        heard.append((token, mask, logprob))
+        return token == 11
+
+    engine, prompt = scripted(PROMPT, [10, *call("2*3"), *output("6"), 12, END])
+    request = Request(prompt, temperature=0, on_token=listen, on_end=ended.append)
+    batch = Batch(engine, 2)
+    batch.submit(request)
+    while batch.step():
+        pass
+    assert [token for token, *_ in heard] == [10, *call("2*3"), *output("6"), 12, END] and ended == [request]
+    assert [mask for _, mask, _ in heard] == [1] * 6 + [0] * 3 + [1] * 2 and request.finish_reason == "stop"
+    heard.clear()
+    engine, prompt = scripted(PROMPT, [10, 11, 12, END])
+    request = Request(prompt, temperature=0, on_token=listen)
+    batch = Batch(engine, 2)
+    batch.submit(request)
+    assert [batch.step() for _ in range(2)] == [1, 0]
+    assert request.tokens == [10, 11] and request.finish_reason == "stop" and len(heard) == 2
+
+
+def test_log_probabilities_are_those_of_the_raw_logits():
+    model, heard = HistoryModel(), []
+    request = Request(PROMPT, 6, temperature=0.3, top_k=5, logprobs=4, on_token=lambda *said: heard.append(said))
+    batch = Batch(make_engine(model), 1)
+    batch.submit(request)
+    while batch.step():
+        pass
+    cache = KVCache(1, 4, 16, 16, 2, "cpu", torch.float32)
+    expected = model.forward(torch.tensor([PROMPT + request.tokens]), cache)[0, 2:].double().log_softmax(-1)
+    for (token, _, (own, top)), row in zip(heard, expected, strict=False):
+        assert own == pytest.approx(row[token].item(), abs=1e-5)
+        assert [i for i, _ in top] == row.topk(4).indices.tolist()
+        assert [value for _, value in top] == pytest.approx(row.topk(4).values.tolist(), abs=1e-5)
+
+
+def test_a_batch_refuses_what_does_not_fit_and_clamps_the_rest():
+    batch = Batch(make_engine(UniformModel(sequence_len=16)), 1)
+    for prompt, message in [([], "at least one token"), ([BOS] * 17, "17 tokens exceeds the context of 16")]:
+        with pytest.raises(ValueError, match=message):
+            batch.submit(Request(prompt))
+    request = Request([BOS] * 10, max_tokens=4096, temperature=0)
+    batch.submit(request)
+    nothing = Request([BOS], max_tokens=0)
+    batch.submit(nothing)
+    assert nothing.finish_reason == "length"
+    while batch.step():
+        pass
+    assert len(request.tokens) == 7 and request.finish_reason == "length"
 
 # ---- the real model ----
 
@@ -455,6 +676,26 @@ def test_greedy_text_equals_that_of_the_plain_loop_beyond_the_context(pattern, n
     expected = list(model.generate(prompt, 40, temperature=0))
     got = engine.generate_batch(prompt, max_tokens=40, temperature=0)[0][0][len(prompt):]
     assert len(got) > 30 and got == expected[:len(got)]
+
+
+@pytest.mark.parametrize("pattern, n_kv_head", [("L", 4), ("SSSL", 2)])
+def test_a_real_model_in_fp32_says_the_same_alone_in_a_batch_and_from_reused_keys(pattern, n_kv_head):
+    model = random_gpt(pattern, n_kv_head, sequence_len=96).float()
+    batch, requests = Batch(make_engine(model), 8, prefill_tokens=16), []
+    prompts = [prompt for prompt in PROMPTS if len(prompt) < 40]
+    for turn in range(3):
+        turns = [Request(prompt, 12, temperature=0) for prompt in prompts]
+        for request in turns:
+            batch.submit(request)
+            batch.step()
+        while batch.step():
+            pass
+        prompts = [r.prompt + r.tokens + [turn, turn + 1] for r in turns if len(r.prompt) < 60]
+        requests += turns
+    assert sum(request.cached_tokens >= 16 for request in requests) >= 5
+    for request in requests:
+        expected = list(model.generate(request.prompt, 12, temperature=0))
+        assert request.tokens == expected[:len(request.tokens)] and len(request.tokens) + len(request.end) > 0
 
 
 @pytest.mark.parametrize("pattern, n_kv_head", [("L", 4), ("SSSL", 2)])
