@@ -55,14 +55,14 @@ def _parts_of(i, message):
     if role == "assistant" and message.get("parts"):
         content = message["parts"]
     if content is None and role != "assistant":
-        raise ValueError(f"message {i} ({role:.40}) must have a content")
+        raise ValueError(f"message {i} of the role {role!r:.40} must have a content")
     if not isinstance(content, list):
         return [("text", content or "")]
     known = list(PARTS) if role == "assistant" else ["text"]
     for part in content:
         if part["type"] not in known or part.get("text") is None:
-            raise ValueError(f"message {i} ({role:.40}) must have parts of the type {' or '.join(known)} with a text, "
-                             f"got the type {part['type']!r:.40}")
+            raise ValueError(f"message {i} of the role {role!r:.40} must have parts of the type {' or '.join(known)} "
+                             f"with a text, got the type {part['type']!r:.40}")
     return [(part["type"], part["text"]) for part in content]
 
 

@@ -62,7 +62,7 @@ def test_system_text_and_neighbours_are_joined_by_a_blank_line():
     ([user("a"), user("b")], "message 1: user and assistant must take turns, got two of the user"),
     ([user("a"), {"role": "tool", "content": "b"}], "message 1 must have the role user or assistant, got 'tool'"),
     ([{"role": "system", "content": "b"}, user("a")], "message 0 must have the role user or assistant"),
-    ([user(None)], r"message 0 \(user\) must have a content"),
+    ([user(None)], "message 0 of the role 'user' must have a content"),
     ([user([{"type": "image_url", "text": None}])], "parts of the type text with a text, got the type 'image_url'"),
     ([user([{"type": "python", "text": "1"}])], "parts of the type text"),
     ([user("a"), assistant([{"type": "python", "text": None}]), user("a")], "type text or python or python_output"),
