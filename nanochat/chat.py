@@ -135,7 +135,7 @@ class AnswerStream:
         # opening token: (part type, closing token, mask: is it sampled or forced?)
         self.tools = {special(opening): (part_type, special(closing), trained)
                       for part_type, (opening, closing, trained) in PARTS.items() if opening}
-        self.tool, self.tool_ids = None, [] # the part of another type than text that is open
+        self.tool, self.tool_ids = None, [] # the part of another type than text that is open, in the end cut off
         self.held = ""                      # text that may be the beginning of a stop string
         self.num_chars = 0                  # characters of text so far, those held included
         self.stopped = False
@@ -150,7 +150,8 @@ class AnswerStream:
             self.tool_ids.append(token)
             return []
         if self.tool is not None and token == self.tool[1]:
-            return self._close_tool()
+            parts, self.tool, self.tool_ids = [self._tool_part()], None, []
+            return parts
         if self.tool is None and token in self.tools and self.tools[token][2] == mask:
             before = self._text(self.decoder.flush(), final=True)
             self.tool = None if self.stopped else self.tools[token]
@@ -163,14 +164,12 @@ class AnswerStream:
             return []
         parts = self._text(self.decoder.flush(), final=True)
         if self.tool is not None and self.tool[0] == "python":
-            parts += self._close_tool()
+            parts.append(self._tool_part())
         self.stopped = True
         return parts
 
-    def _close_tool(self):
-        part = {"type": self.tool[0], "text": self.tokenizer.decode(self.tool_ids)}
-        self.tool, self.tool_ids = None, []
-        return [part]
+    def _tool_part(self):
+        return {"type": self.tool[0], "text": self.tokenizer.decode(self.tool_ids)}
 
     def _text(self, piece, final=False):
         """The text that is now known to be visible, as a list of one part or none."""
