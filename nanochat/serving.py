@@ -16,6 +16,7 @@ import queue
 import random
 import re
 import secrets
+import socket
 import threading
 import time
 from collections import deque
@@ -848,6 +849,7 @@ def serve(app, sock, drain=10):
     """
     import uvicorn
     service = app.state.service
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) # connections inherit it; else small events wait 40 ms
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame):

@@ -91,16 +91,20 @@ def announce(host, port, has_key):
         print("Warning: everybody who reaches this machine can use the model: set --api-key", flush=True)
 
 
+def set_up_log():
+    """The server's own log, and nobody else's, to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s - %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger = logging.getLogger("nanochat.serving")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     if problems := check_args(args):
         parser.error("; ".join(problems))
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s - %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logger = logging.getLogger("nanochat.serving") # the server's own log, and nobody else's
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
     compute = compute_init(args.device_type)
     devices = devices_of(compute.device, args.num_gpus)
     dtype = get_compute_dtype(compute.device, args.dtype)
@@ -111,6 +115,7 @@ def main(argv=None):
                             key, args.cors_origin, args.max_queue, args.max_batch, args.request_timeout,
                             args.log_conversations)
         app = create_app([Engine(model, tokenizer) for model, tokenizer, _ in loaded], settings)
+        set_up_log()
         announce(args.host, sock.getsockname()[1], bool(key))
         serve(app, sock, args.drain)
 

@@ -2,13 +2,17 @@
 import concurrent.futures
 import json
 import math
+import random
 import re
 import socket
 import time
+from collections import Counter
 
 import httpx
 import openai
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import nanochat.serving
 from nanochat.chat import build_prompt, to_turns
@@ -533,3 +537,62 @@ def test_what_was_said_is_logged_only_on_demand(caplog, is_logged):
         request_id = post(server, **ask("my secret")).headers["x-request-id"]
     assert re.search(rf"{request_id} 200 prompt \d+ \(cached 0\) completion 8 queue .* tok/s stop", caplog.text)
     assert ("my secret" in caplog.text) == ("hé🙂!" in caplog.text) == is_logged
+
+
+# ---- requests nobody thought of ----
+
+WORDS = {"role": ["user"] * 9 + ["assistant", "system", "tool"], "model": ["d2-sft"],
+         "type": ["text", "text", "python", "python_output", "image_url"]}
+JUNK = [None, True, -1, 2**70, 1.5, 1e300, "", "a", "\ud800", "<|bos|>", [], [[]], {}, {"": {}}, ["a", 1],
+        {"type": "text"}]
+
+
+def value_of(rng, schema, document, name=""):
+    """A value that a JSON schema of an OpenAPI document describes, and now and then another one."""
+    if rng.random() < 0.01:
+        return rng.choice(JUNK)
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
+    if "anyOf" in schema:
+        return value_of(rng, rng.choice(schema["anyOf"]), document, name)
+    low, high = max(schema.get("minimum", 0), -9), min(schema.get("maximum", 99), 300)
+    if schema["type"] == "object":
+        chosen = {key: value for key, value in schema["properties"].items()
+                  if rng.random() < (0.99 if key in schema.get("required", ()) else 0.9 if key == "content" else 0.2)}
+        extra = {rng.choice(["nonsense", "tools", "presence_penalty"]): rng.choice(JUNK)} if rng.random() < 0.1 else {}
+        return {key: value_of(rng, value, document, key) for key, value in chosen.items()} | extra
+    if schema["type"] == "array":
+        return [value_of(rng, schema["items"], document) for _ in range(rng.choice([1, 1, 1, 2, 3, 5]))]
+    if schema["type"] == "string" and name == "content" and rng.random() < 0.8:
+        return "the cat"
+    if schema["type"] == "string":
+        text = "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xD800)])) for _ in range(rng.randrange(9)))
+        return rng.choice(WORDS.get(name, [text]))
+    return {"integer": rng.randint(int(low), int(high)), "number": rng.uniform(low, high),
+            "boolean": rng.random() < 0.5, "null": None}[schema["type"]]
+
+
+@pytest.mark.parametrize("num", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_whatever_is_sent_there_is_an_answer_or_an_error(hello, num):
+    document = HTTP.get(f"{hello.url}/openapi.json").json()
+    schemas = {path: document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+               for path in ("/chat/completions", "/v1/chat/completions")}
+    seen = Counter()
+
+    @given(st.integers(0, 2**64))
+    @settings(max_examples=num, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    def check(seed):
+        rng = random.Random(seed)
+        path = rng.choice(sorted(schemas))
+        body = json.dumps(value_of(rng, schemas[path], document)).encode()
+        body = body[:rng.randrange(len(body) + 1)] if rng.random() < 0.03 else body
+        response = HTTP.post(hello.url + path, content=body, headers={"Content-Type": "application/json"})
+        seen[response.status_code] += 1
+        if response.status_code == 200:
+            assert '"error"' not in response.text
+        else:
+            assert 400 <= response.status_code < 500
+            error_of(response, response.status_code)
+    check()
+    assert seen[200] > num / 20 and seen[400] > num / 20, seen
+    assert sum(seen.values()) >= num
