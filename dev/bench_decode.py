@@ -6,8 +6,9 @@ How near decoding comes to what the machine can do, and to another library.
 
 The roofline of a step: weights and keys cross the memory bus once, at the speed of a plain read of 512 MB, and every
 weight takes two operations a row, at the speed of this dtype's matrix products with 1,024 rows; the slower of the two
-bounds the step. "products" is what the matrix products of a step alone take here. Then one stream against `generate` of the transformers library with a model of the same shape. Each
-figure is the median of alternating turns. The last line is JSON; its `ratio` is the smallest share of the roofline.
+bounds the step. "products" is what the matrix products of a step alone take here. Then one stream against `generate` of
+the transformers library with a model of the same shape. Each figure is the median of alternating turns. The last line
+is JSON; its `ratio` is the smallest share of the roofline.
 """
 import argparse
 import json
@@ -123,7 +124,8 @@ def main(argv=None):
     bandwidth, speed = (statistics.median(values) for values in zip(*machines))
     size = torch.finfo(dtype).bits // 8
     print(f"depth {args.depth}, V {args.vocab_size:,}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} "
-          f"threads, load {os.getloadavg()[0]:.1f}; memory {bandwidth / 1e9:.1f} GB/s, matrices {speed / 1e9:.0f} GFLOP/s")
+          f"threads, load {os.getloadavg()[0]:.1f}; memory {bandwidth / 1e9:.1f} GB/s, "
+          f"matrices {speed / 1e9:.0f} GFLOP/s")
     print(f"{'rows':>5} {'ms a step':>10} {'tokens/s':>10} {'products ms':>12} {'roofline ms':>12} {'share':>6}")
     shares = {}
     for rows in args.batches:

@@ -162,7 +162,10 @@ class Block(nn.Module):
 
 def softcap(logits):
     """Logits in at least fp32 (before: bf16 would be too coarse), smoothly limited to +-SOFTCAP."""
-    return SOFTCAP * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / SOFTCAP)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if not torch.is_grad_enabled(): # the same numbers, and a third of the memory traffic
+        return logits.div_(SOFTCAP).tanh_().mul_(SOFTCAP)
+    return SOFTCAP * torch.tanh(logits / SOFTCAP)
 
 
 def token_losses(x, weight, targets):
