@@ -337,6 +337,8 @@ def build_model(checkpoint_dir, step, device, phase, dtype=None):
     model.init_rotary() # the tables are not in the file
     model.compute_dtype = dtype
     model.train(phase == "train")
+    if phase == "eval":
+        model.pack_weights()
     return model, _matching_tokenizer(checkpoint_dir, step, meta, config), meta
 
 

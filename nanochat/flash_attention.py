@@ -90,6 +90,7 @@ def _flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=
     k_cache, v_cache  (B, T_max, Hkv, D)
     k, v              (B, T, Hkv, D), or None: then nothing is written
     cache_seqlens     positions already filled: an int for all rows, or int32 (B,), one per row
+    The cache may have another dtype than q, k and v, which is then that of the sums too; not with FA3.
     Returns (B, T, H, D); cache_seqlens itself is not advanced. Raises RuntimeError when the cache is too short.
     """
     new_len = 0 if k is None else k.size(1)
@@ -118,13 +119,13 @@ flash_attn = SimpleNamespace(flash_attn_func=_flash_attn_func, flash_attn_with_k
 
 def _write_cache(k_cache, v_cache, k, v, start):
     if not torch.is_tensor(start):
-        k_cache[:, start:start + k.size(1)] = k
+        k_cache[:, start:start + k.size(1)] = k # casts
         v_cache[:, start:start + v.size(1)] = v
         return
     rows = torch.arange(k.size(0), device=k.device)[:, None] # (B, 1)
     places = start.long()[:, None] + torch.arange(k.size(1), device=k.device) # (B, T)
-    k_cache[rows, places] = k
-    v_cache[rows, places] = v
+    k_cache[rows, places] = k.to(k_cache.dtype)
+    v_cache[rows, places] = v.to(v_cache.dtype)
 
 
 def _sdpa(q, k, v, offset, causal, window_size):
@@ -150,9 +151,9 @@ def _sdpa(q, k, v, offset, causal, window_size):
         mask, is_causal = None, False
     else:
         mask, is_causal = _cached_window_mask(q_len, k_len, offset, left, right, q.device), False
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                       is_causal=is_causal, enable_gqa=q.size(2) != k.size(2))
-    return y.transpose(1, 2)
+    y = F.scaled_dot_product_attention(q.to(k.dtype).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                       attn_mask=mask, is_causal=is_causal, enable_gqa=q.size(2) != k.size(2))
+    return y.to(q.dtype).transpose(1, 2)
 
 
 def _window_mask(q_len, k_len, offset, left, right, device):

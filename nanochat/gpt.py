@@ -88,8 +88,11 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features, bias=False)
+        self.packed = None # see GPT.pack_weights
 
     def forward(self, x):
+        if self.packed is not None and not torch.is_grad_enabled():
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -157,16 +160,18 @@ class Block(nn.Module):
 # -----------------------------------------------------------------------------
 # Head and loss in chunks: the full (B, T, V) logits never exist in training
 
-def softcapped_logits(x, weight):
-    """(..., C) and (V, C) -> logits (..., V) in at least fp32, smoothly limited to +-SOFTCAP."""
-    logits = F.linear(x, weight.to(x.dtype))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) # before the softcap: bf16 would be too coarse
+def softcap(logits):
+    """Logits in at least fp32 (before: bf16 would be too coarse), smoothly limited to +-SOFTCAP."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if not torch.is_grad_enabled(): # the same numbers, and a third of the memory traffic
+        return logits.div_(SOFTCAP).tanh_().mul_(SOFTCAP)
     return SOFTCAP * torch.tanh(logits / SOFTCAP)
 
 
 def token_losses(x, weight, targets):
     """Cross entropy in nats of each position: x (N, C), weight (V, C), targets (N,) with -1 = ignored (loss 0)."""
-    return F.cross_entropy(softcapped_logits(x, weight), targets, ignore_index=-1, reduction="none")
+    logits = softcap(F.linear(x, weight.to(x.dtype)))
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
 
 
 def chunks_of(x, vocab_size):
@@ -338,7 +343,7 @@ class GPT(nn.Module):
             raise ValueError(f"loss_reduction must be mean, sum or none, got {loss_reduction!r}")
         head = self.lm_head.weight[:self.config.vocab_size] # padding rows never take part
         if targets is None:
-            return softcapped_logits(self._hidden(idx, kv_cache, Block.forward), head)
+            return self._logits(self._hidden(idx, kv_cache, Block.forward))
         x = self._hidden(idx, kv_cache, self.block_fn)
         x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
         if loss_reduction == "none" or not torch.is_grad_enabled():
@@ -360,8 +365,23 @@ class GPT(nn.Module):
         at        (N,) int64, indices into the flattened B*T positions; may be empty, to fill a cache only
         Returns   fp32 logits (N, V)
         """
-        x = self._hidden(idx, kv_cache, Block.forward).flatten(0, 1)[at]
-        return softcapped_logits(x, self.lm_head.weight[:self.config.vocab_size])
+        return self._logits(self._hidden(idx, kv_cache, Block.forward).flatten(0, 1)[at])
+
+    def _logits(self, x):
+        """(..., C) -> fp32 (..., V); padding rows of the head never take part."""
+        return softcap(self.lm_head(x)[..., :self.config.vocab_size])
+
+    def pack_weights(self):
+        """
+        Keep a copy of every matrix in the layout that a CPU's bf16 instructions read fastest (oneDNN), for inference
+        with weights that stay as they are: one token at a time takes about a third less time. Does nothing elsewhere.
+        """
+        weight = self.lm_head.weight
+        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 == self.compute_dtype \
+                and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), None)
 
     @torch.inference_mode()
     def generate(self, tokens, max_tokens, temperature=1.0, top_k=None, seed=42):

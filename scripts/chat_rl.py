@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from nanochat.chat_training import Run, add_flags, flag_problems
 from nanochat.common import compute_cleanup, compute_init, dataset_label, print0, run_main
 from nanochat.engine import Engine, derive_seed
-from nanochat.gpt import softcapped_logits
+from nanochat.gpt import softcap
 from nanochat.training import Stop, check_loss, is_due, lr_multiplier, try_evaluation
 from tasks.registry import REWARDED
 
@@ -111,7 +111,7 @@ def policy_losses(x, weight, targets, temperature, top_k):
 
     What was sampled counts as one of the k likeliest even where rounding makes it another in this forward pass.
     """
-    logits = softcapped_logits(x, weight)
+    logits = softcap(F.linear(x, weight.to(x.dtype)))
     if top_k > 0:
         kth = logits.detach().topk(min(top_k, logits.size(-1))).values[:, -1:]
         unlikely = (logits < kth).scatter(1, targets.clamp_min(0).unsqueeze(1), False)

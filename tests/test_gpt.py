@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.engine import KVCache
-from nanochat.gpt import GPT, GPTConfig, apply_rotary_emb, has_ve, norm
+from nanochat.gpt import GPT, GPTConfig, Linear, apply_rotary_emb, has_ve, norm
 
 
 def build(config, **kwargs):
@@ -352,3 +352,25 @@ def test_optimizer_groups():
                       ("muon", 2, (2, 32), 0.02), ("muon", 6, (32, 64), 0.02), ("muon", 6, (64, 64), 0.02),
                       ("muon", 3, (64, 256), 0.02), ("muon", 3, (256, 64), 0.02)]
     assert optimizer.param_groups[4]["betas"] == (0.96, 0.95) and all("initial_lr" in g for g in optimizer.param_groups)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a CPU with bf16 instructions")
+def test_packed_weights_change_nothing_but_the_speed():
+    torch.manual_seed(3)
+    model = small("SL").bfloat16()
+    model.compute_dtype = torch.bfloat16
+    ids = torch.randint(0, model.config.vocab_size, (3, 7))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape).bfloat16()
+        expected = model(ids)
+        model.pack_weights()
+        assert all(module.packed is not None for module in model.modules() if isinstance(module, Linear))
+        torch.testing.assert_close(model(ids), expected, rtol=0.02, atol=0.05)
+    at = torch.tensor([6, 20])
+    with torch.inference_mode():
+        cache = KVCache(3, model.config.n_kv_head, 8, model.config.n_embd // model.config.n_head, model.config.n_layer,
+                        "cpu")
+        torch.testing.assert_close(model.logits_at(ids, at, cache), expected.flatten(0, 1)[at], rtol=0.02, atol=0.05)
+    model.lm_head.weight.data.zero_() # with gradients on, the weights themselves are used: they may have changed
+    assert not model(ids).any()
