@@ -48,6 +48,7 @@ UNSUPPORTED = {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_
                "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
                "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
                "web_search_options": ()}
+to_json = json.JSONEncoder(ensure_ascii=False).encode # made once: it is called for every token
 LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)} # some clients would split a line there
 CSP = ("default-src 'none'; script-src 'self' 'nonce-{}'; style-src 'unsafe-inline'; img-src 'self' data:; "
        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -86,7 +87,7 @@ def sse(item):
     """One server-sent event of a dict or of the word [DONE]; a comment for None."""
     if item is None:
         return ": ping\n\n"
-    text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+    text = item if isinstance(item, str) else to_json(item)
     return f"data: {text.translate(LINE_ENDS)}\n\n"
 
 # -----------------------------------------------------------------------------
@@ -265,29 +266,29 @@ class ChatForm:
     def opening(self):
         return []
 
-    def event(self, choice, part, entries):
-        gpu = self.answer.gpu
-        if part["type"] == "text":
-            return {"token": part["text"], "gpu": gpu}
-        if part["type"] == "python":
-            self.expression = part["text"]
-            return {"tool": {"expression": part["text"]}, "gpu": gpu}
-        if part["type"] == "python_output":
-            return {"tool": {"expression": self.expression, "result": part["text"]}, "gpu": gpu}
-        return {"done": True, "finish_reason": choice.finish_reason, "timings": self.answer.timings(),
-                "usage": {**self.answer.usage(), "dropped_turns": self.answer.prompt.num_dropped}}
+    closing = opening
 
-    def closing(self):
-        return []
+    def event(self, choice, part, entries):
+        kind, text = part["type"], part.get("text")
+        if kind == "end":
+            return {"done": True, "finish_reason": choice.finish_reason, "timings": self.answer.timings(),
+                    "usage": {**self.answer.usage(), "dropped_turns": self.answer.prompt.num_dropped}}
+        if kind == "text":
+            said = {"token": text}
+        elif kind == "python":
+            self.expression, said = text, {"tool": {"expression": text}}
+        else:
+            said = {"tool": {"expression": self.expression, "result": text}}
+        return {**said, "gpu": self.answer.gpu}
 
 
 class CompletionForm:
     """OpenAI's chat.completion and its chunks. Calls of the calculator go beside the content, as `part` and `parts`."""
 
     def __init__(self, answer, body, model):
-        self.answer, self.body = answer, body
+        self.answer, self.with_logprobs = answer, body.logprobs
         self.base = {"id": "", "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
-        self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self.with_usage = bool((body.stream_options or {}).get("include_usage"))
 
     def opening(self):
         self.base["id"] = f"chatcmpl-{self.answer.id}"
@@ -295,43 +296,42 @@ class CompletionForm:
 
     def event(self, choice, part, entries):
         if part["type"] == "end":
-            return self._chunk(choice, {}, choice.finish_reason)
-        delta = {"content": part["text"]} if part["type"] == "text" else {"part": part}
-        return self._chunk(choice, delta, None, entries)
+            return self._chunk(choice, {})
+        return self._chunk(choice, {"content": part["text"]} if part["type"] == "text" else {"part": part}, entries)
 
     def closing(self):
-        usage = {**self.base, "choices": [], "usage": self._usage(), "timings": self.answer.timings()}
-        return [usage, "[DONE]"] if self.with_usage else ["[DONE]"]
+        return [{**self.base, "choices": [], **self._totals()}, "[DONE]"] if self.with_usage else ["[DONE]"]
 
     def whole(self, events):
         """The body of an answer that is not streamed, from all of its events."""
-        messages = [{"parts": [], "entries": []} for _ in self.answer.choices]
-        for choice, part, entries in events:
-            messages[choice.index]["parts"] += [part] if part["type"] != "end" else []
-            messages[choice.index]["entries"] += entries
-        return {**self.base, "id": f"chatcmpl-{self.answer.id}", "object": "chat.completion",
-                "choices": [self._choice(choice, **messages[choice.index]) for choice in self.answer.choices],
-                "usage": self._usage(), "timings": self.answer.timings()}
+        self.opening()
+        choices = []
+        for choice in self.answer.choices:
+            own = [(part, entries) for whose, part, entries in events if whose is choice and part["type"] != "end"]
+            parts = [part for part, _ in own]
+            message = {"role": "assistant", "refusal": None,
+                       "content": "".join(part["text"] for part in parts if part["type"] == "text")}
+            if any(part["type"] != "text" for part in parts):
+                message["parts"] = parts
+            entries = [entry for _, entries in own for entry in entries] if self.with_logprobs else None
+            choices.append(self._choice(choice, entries, message=message))
+        return {**self.base, "object": "chat.completion", "choices": choices, **self._totals()}
 
-    def _choice(self, choice, parts, entries):
-        content = "".join(part["text"] for part in parts if part["type"] == "text")
-        message = {"role": "assistant", "content": content, "refusal": None}
-        if any(part["type"] != "text" for part in parts):
-            message["parts"] = parts
-        return {"index": choice.index, "finish_reason": choice.finish_reason, "message": message,
-                "logprobs": {"content": entries, "refusal": None} if self.body.logprobs else None}
-
-    def _chunk(self, choice, delta, finish_reason=None, entries=()):
-        logprobs = {"content": list(entries), "refusal": None} if self.body.logprobs and entries else None
-        chunk = {**self.base, "choices": [{"index": choice.index, "delta": delta, "logprobs": logprobs,
-                                           "finish_reason": finish_reason}]}
+    def _chunk(self, choice, delta, entries=()):
+        chunk = {**self.base, "choices": [self._choice(choice, entries or None, delta=delta)]}
+        if delta: # only the last one, which is empty, says why it ended
+            chunk["choices"][0]["finish_reason"] = None
         return {**chunk, "usage": None} if self.with_usage else chunk
 
-    def _usage(self):
+    def _choice(self, choice, entries, **content):
+        logprobs = None if entries is None else {"content": entries, "refusal": None}
+        return {"index": choice.index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+    def _totals(self):
         usage = self.answer.usage()
-        return {"prompt_tokens": usage["prompt_tokens"], "completion_tokens": usage["completion_tokens"],
-                "total_tokens": usage["prompt_tokens"] + usage["completion_tokens"],
-                "prompt_tokens_details": {"cached_tokens": usage["cached_tokens"]}}
+        cached, total = usage.pop("cached_tokens"), usage["prompt_tokens"] + usage["completion_tokens"]
+        return {"usage": {**usage, "total_tokens": total, "prompt_tokens_details": {"cached_tokens": cached}},
+                "timings": self.answer.timings()}
 
 
 class Service:
@@ -507,7 +507,7 @@ class Service:
 
     async def _send_whole(self, answer, form, send):
         events = [event async for batch in answer.batches() for event in batch if event[0]]
-        body = json.dumps(form.whole(events), ensure_ascii=False).encode()
+        body = to_json(form.whole(events)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -532,20 +532,19 @@ class Metrics:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
         self.registry = CollectorRegistry()
 
-        def make(kind, name, text, *labels):
+        def make(kind, name, text, labels=()):
             return kind(name, text, labels, "nanochat", registry=self.registry)
-        self.requests = make(Counter, "requests_total", "requests by HTTP status", "status")
+        self.requests = make(Counter, "requests_total", "requests by HTTP status", ["status"])
         self.cancelled = make(Counter, "cancelled_total", "answers whose client left")
-        self.tokens = {"prompt_tokens": make(Counter, "prompt_tokens_total", "tokens of prompts"),
-                       "cached_tokens": make(Counter, "cached_tokens_total", "tokens of prompts found in the cache"),
-                       "completion_tokens": make(Counter, "generation_tokens_total", "tokens of answers")}
+        self.tokens = {key: make(Counter, f"{name}_tokens_total", f"tokens of {text}") for key, name, text in [
+            ("prompt_tokens", "prompt", "prompts"), ("cached_tokens", "cached", "prompts that were in the cache"),
+            ("completion_tokens", "generation", "answers")]}
         self.queue = make(Histogram, "queue_seconds", "from arrival to a row of the batch")
         self.first = make(Histogram, "time_to_first_token_seconds", "from arrival to the first token")
         self.token = make(Histogram, "time_per_output_token_seconds", "after the first, mean of an answer")
         make(Gauge, "requests_running", "choices that have a row").set_function(service.num_running)
         make(Gauge, "requests_waiting", "choices that wait for a row").set_function(service.num_waiting)
-        make(Gauge, "kv_slots", "rows of all batches").set_function(
-            lambda: len(service.engines) * service.settings.max_batch)
+        make(Gauge, "kv_slots", "rows of all batches").set(len(service.engines) * service.settings.max_batch)
 
     def record(self, answer, usage, timings):
         for name, counter in self.tokens.items():
@@ -556,10 +555,6 @@ class Metrics:
             self.first.observe(timings["first_token_ms"] / 1000)
         if timings["tokens_per_second"]:
             self.token.observe(1 / timings["tokens_per_second"])
-
-    def text(self):
-        from prometheus_client import generate_latest
-        return generate_latest(self.registry)
 
 # -----------------------------------------------------------------------------
 # The application
@@ -642,9 +637,6 @@ def _schemas():
         content: str | list[Part] | None = None
         parts: list[Part] | None = None
 
-    class StreamOptions(Strict):
-        include_usage: bool | None = None
-
     class Chat(Strict):
         messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
         temperature: float | None = between(0, 2)
@@ -664,7 +656,7 @@ def _schemas():
         logprobs: bool | None = None
         top_logprobs: int | None = between(0, 20)
         stream: bool | None = None
-        stream_options: StreamOptions | None = None
+        stream_options: dict[str, bool | None] | None = None
 
     return Chat, Completion
 
@@ -715,7 +707,7 @@ def _add_error_handlers(app):
             return _error_response(ApiError(400, "the body must be a JSON object, sent as application/json"))
         return _error_response(ApiError(400, f"{where}: {chosen['msg']}", param=where))
 
-    @app.exception_handler(HTTPException)
+    @app.exception_handler(HTTPException) # of the framework: no such path, a body that is not UTF-8
     async def elsewhere(request, error):
         return _error_response(ApiError(error.status_code, error.detail, headers=error.headers))
 
@@ -727,34 +719,33 @@ def _add_error_handlers(app):
 def _asset(*path):
     """The bytes of a file of this package. Raises ApiError when there is none."""
     folder = resources.files("nanochat").joinpath(*path[:-1])
-    found = [item for item in folder.iterdir() if item.name == path[-1] and item.is_file()] if folder.is_dir() else []
-    if not found:
-        raise ApiError(404, "there is no such file here")
-    return found[0].read_bytes()
+    for item in folder.iterdir() if folder.is_dir() else []: # compared, never joined: no name leads out of the folder
+        if item.name == path[-1] and item.is_file():
+            return item.read_bytes()
+    raise ApiError(404, "there is no such file here")
 
 
 def _add_pages(app):
     from fastapi.responses import Response
+    kinds = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 
     @app.get("/", include_in_schema=False)
     async def page():
         nonce = secrets.token_urlsafe(16)
-        html = _asset("ui.html").decode().replace("{{nonce}}", nonce)
-        headers = {"Content-Security-Policy": CSP.format(nonce), "Cache-Control": "no-store"}
-        return Response(html, media_type="text/html", headers=headers)
+        return Response(_asset("ui.html").replace(b"{{nonce}}", nonce.encode()), media_type="text/html",
+                        headers={"Content-Security-Policy": CSP.format(nonce), "Cache-Control": "no-store"})
 
     @app.get("/logo.svg", include_in_schema=False)
-    async def logo():
-        return Response(_asset("logo.svg"), media_type="image/svg+xml", headers={"Cache-Control": "max-age=3600"})
-
     @app.get("/vendor/{name}", include_in_schema=False)
-    async def vendor(name: str):
-        kind = {".js": "text/javascript", ".css": "text/css"}.get(name[name.rfind("."):], "text/plain")
-        return Response(_asset("vendor", name), media_type=kind, headers={"Cache-Control": "max-age=3600"})
+    async def file(name: str = ""):
+        content = _asset("vendor", name) if name else _asset("logo.svg")
+        return Response(content, media_type=kinds.get(name.rpartition(".")[2] or "svg", "text/plain"),
+                        headers={"Cache-Control": "max-age=3600"})
 
 
 def _add_status(app, service):
     from fastapi.responses import JSONResponse, PlainTextResponse
+    from prometheus_client import generate_latest
     model = {"id": service.settings.model, "object": "model", "created": int(time.time()), "owned_by": "nanochat"}
 
     @app.get("/health")
@@ -767,7 +758,7 @@ def _add_status(app, service):
 
     @app.get("/metrics")
     async def metrics():
-        return PlainTextResponse(service.metrics.text())
+        return PlainTextResponse(generate_latest(service.metrics.registry))
 
     @app.get("/v1/models")
     async def models():

@@ -557,7 +557,7 @@ def value_of(rng, schema, document, name=""):
         return value_of(rng, rng.choice(schema["anyOf"]), document, name)
     low, high = max(schema.get("minimum", 0), -9), min(schema.get("maximum", 99), 300)
     if schema["type"] == "object":
-        chosen = {key: value for key, value in schema["properties"].items()
+        chosen = {key: value for key, value in schema.get("properties", {}).items()
                   if rng.random() < (0.99 if key in schema.get("required", ()) else 0.9 if key == "content" else 0.2)}
         extra = {rng.choice(["nonsense", "tools", "presence_penalty"]): rng.choice(JUNK)} if rng.random() < 0.1 else {}
         return {key: value_of(rng, value, document, key) for key, value in chosen.items()} | extra
