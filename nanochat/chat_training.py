@@ -103,6 +103,7 @@ class Run:
         self.model, self.tokenizer, meta = load_model(source, compute.device, "train", tag, step, dtype)
         print0(f"{'Starting' if resume_step is None else 'Resuming'} from {source} {tag}, step {meta['step']}; "
                f"compute dtype {str(dtype).split('.')[1]}, {torch.get_num_threads()} threads")
+        self.bos_id = self.tokenizer.get_bos_token_id()
         if label := dataset_label():
             print0(f"Data set: {label} (synthetic: its scores are not those of the published benchmarks)")
         self.seq_len = getattr(args, "max_seq_len", -1)
@@ -135,10 +136,11 @@ class Run:
                                   self.compute.ddp_world_size, state, **size)
 
     def compile(self):
-        """Compile the model for rows of seq_len tokens, device_batch_size of them."""
+        """Compile the model for packed rows of seq_len tokens, device_batch_size of them."""
+        print0("Attention: scaled_dot_product_attention, within each conversation of a packed row")
         ids = torch.zeros((self.args.device_batch_size, self.seq_len), dtype=torch.long, device=self.compute.device)
         print0(compile_model(self.model, self.args.compile,
-                             lambda: self.model(ids, ids, loss_reduction="sum").backward()))
+                             lambda: self.model(ids, ids, loss_reduction="sum", bos_id=self.bos_id).backward()))
 
     def begin(self, batches):
         """Delete an earlier run's steps if asked to, and open the metrics log; returns the batches."""
@@ -201,7 +203,7 @@ class Run:
     def learn(self, rows, step, lr, momentum=None):
         """One update on this rank's rows (inputs, targets); returns (mean loss in nats, targets), both of all ranks."""
         num_targets = max(1, int(self.compute.all_reduce(int((rows[1] != -1).sum()))[0]))
-        loss = accumulate(self.model, self.micro_batches(rows), num_targets, self.compute)
+        loss = accumulate(self.model, self.micro_batches(rows), num_targets, self.compute, self.bos_id)
         check_loss(loss, step)
         self.update(lr, momentum)
         return loss, num_targets

@@ -379,11 +379,14 @@ def pack_whole(pieces, capacity):
 def rows_to_tensors(rows, T, pad_id, learn_all=False):
     """
     Packed rows to inputs, targets (R, T) int64; targets are -1 on padding and, unless `learn_all`, where the mask is 0.
+
+    The first id of a piece is never learned: what comes before it in the row is no reason for it.
     """
     tokens, learn = np.full((len(rows), T + 1), pad_id, dtype=np.int64), np.zeros((len(rows), T + 1), dtype=bool)
     for r, row in enumerate(rows):
-        ids, mask = ([value for piece in row for value in piece[part]] for part in (0, 1))
-        tokens[r, :len(ids)], learn[r, :len(ids)] = ids, learn_all or mask
+        ids = [token for ids, _ in row for token in ids]
+        masks = [[False] + [True] * (len(ids) - 1) if learn_all else mask for ids, mask in row]
+        tokens[r, :len(ids)], learn[r, :len(ids)] = ids, list(itertools.chain.from_iterable(masks))
     targets = np.where(learn[:, 1:], tokens[:, 1:], -1)
     return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets)
 
@@ -398,7 +401,7 @@ def conversation_steps(tokenizer, task, T, pad_id, seed, rank=0, world_size=1, r
     end. The rows of a step depend on the data and the seed alone; row r goes to rank r mod `world_size`, so a rank may
     have none. A step without a row is passed over.
     inputs, targets  (R, T) int64 on the CPU; targets are -1 where there is nothing to learn, which with `learn_all` is
-                     the padding alone
+                     the padding and the first id of a conversation
     state            plain JSON; as `resume_state_dict` it continues behind its step. Its counters, over all ranks and
                      from the start: conversations taken, split ones, dropped pieces, tokens and padding of the rows
     Raises ValueError when the saved state is of other data or another seed, or when no conversation fits.

@@ -4,9 +4,9 @@ Supervised finetuning: teach a base or midtrained model to answer as the assista
     python -m scripts.chat_sft --source base
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --source mid --model-tag d20
 
-Whole conversations are packed into rows (where attention reaches back over those before), and only what the assistant
-says is trained on. A step's loss is the mean over
-its supervised tokens, whatever the micro-batch size and the number of ranks: long answers weigh more than short ones.
+Whole conversations are packed into rows, where each is computed as if it stood alone, and only what the assistant says
+is trained on. A step's loss is the mean over its supervised tokens, whatever the micro-batch size and the number of
+ranks: long answers weigh more than short ones.
 
 Reads:  a checkpoint, hub/ (or the hub), identity_conversations.jsonl, words_alpha.txt.
 Writes: chatsft_checkpoints/<tag of the source>/ (with metrics.jsonl) and the report's section.
@@ -104,7 +104,8 @@ def validation_loss(run, task):
     steps = min(run.args.eval_steps, -(-len(task) // per_step))
     total = num_targets = 0
     for rows, _ in itertools.islice(run.conversation_steps(task, conversations_per_step=per_step), steps):
-        total += sum(float(run.model(x, y, loss_reduction="sum")) for x, y in run.micro_batches(rows))
+        total += sum(float(run.model(x, y, loss_reduction="sum", bos_id=run.bos_id))
+                     for x, y in run.micro_batches(rows))
         num_targets += int((rows[1] != -1).sum())
     total, num_targets = run.compute.all_reduce(total, num_targets)
     return total / max(1, num_targets)

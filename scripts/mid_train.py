@@ -5,7 +5,7 @@ Midtraining: a base model learns the form of conversations, to use a tool, to ch
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train -- --model-tag d20
 
 Like pretraining on conversations: every token is learned, the user's too. Whole conversations are packed into rows,
---total-batch-size / --max-seq-len of them a step.
+--total-batch-size / --max-seq-len of them a step, where each is computed as if it stood alone.
 
 Reads:  a base checkpoint, hub/ (or the hub), identity_conversations.jsonl, words_alpha.txt.
 Writes: mid_checkpoints/<tag of the source>/ (with metrics.jsonl) and the report's section.
@@ -90,7 +90,7 @@ def validation_bpb(run, task):
             break
     if not batches: # this rank has no row, but must take part in the sum
         batches = [tuple(torch.full((1, run.seq_len), value, device=run.compute.device) for value in (0, -1))]
-    return evaluate_bpb(run.model, batches, len(batches), token_bytes_of(run.tokenizer))
+    return evaluate_bpb(run.model, batches, len(batches), token_bytes_of(run.tokenizer), bos_id=run.bos_id)
 
 
 def evaluate(run, val_task, step, last_step):

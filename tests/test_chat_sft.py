@@ -53,20 +53,43 @@ def train(run):
 # -----------------------------------------------------------------------------
 # What a step computes
 
-def naive_mean_loss(model, inputs, targets):
-    """Full logits, log softmax, the mean over the targets that count: the definition."""
-    log_probs = torch.log_softmax(model(inputs), dim=-1)
-    rows, columns = torch.nonzero(targets != -1, as_tuple=True)
-    return -log_probs[rows, columns, targets[rows, columns]].mean()
+def naive_mean_loss(run, inputs, targets):
+    """Every conversation of the rows alone, full logits, log softmax, the mean over the targets that count."""
+    losses = []
+    for row, row_targets in zip(inputs, targets):
+        borders = [*(row == run.bos_id).nonzero()[:, 0].tolist(), len(row)]
+        for start, end in zip(borders, borders[1:]):
+            log_probs = torch.log_softmax(run.model(row[None, start:end])[0], dim=-1)
+            losses += [-log_probs[t, token] for t, token in enumerate(row_targets[start:end].tolist()) if token != -1]
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("learn_all", [False, True])
+@pytest.mark.parametrize("seq_len", [50, 64, 150]) # the model's window is 64
+def test_a_packed_step_is_the_sum_over_conversations_alone(tokenizer, learn_all, seq_len):
+    run = tiny_run(tokenizer, "--device-batch-size", "3", "--max-seq-len", str(seq_len), dtype=torch.float64)
+    rows, state = next(run.conversation_steps(Chat(), conversations_per_step=24, learn_all=learn_all))
+    assert state["counters"]["split"] == state["counters"]["dropped"] == 0 and len(rows[0]) < 24
+    expected, count = 0.0, 0
+    for ids, mask in map(tokenizer.render_conversation, Chat()):
+        log_probs = torch.log_softmax(run.model(torch.tensor([ids[:-1]]))[0], dim=-1)
+        for t, token in enumerate(ids[1:]):
+            if learn_all or mask[t + 1]:
+                expected, count = expected - log_probs[t, token], count + 1
+    gradients = torch.autograd.grad(expected / count, list(run.model.parameters()))
+    loss = accumulate(run.model, run.micro_batches(rows), count, CPU, run.bos_id)
+    assert (rows[1] != -1).sum() == count and loss == pytest.approx(expected.item() / count, rel=1e-9)
+    for p, grad in zip(run.model.parameters(), gradients, strict=True):
+        assert (p.grad - grad).norm() <= 1e-9 * grad.norm()
 
 
 def test_the_gradient_is_that_of_the_mean_over_supervised_tokens(tokenizer):
     run = tiny_run(tokenizer, "--device-batch-size", "2", dtype=torch.float64)
     (inputs, targets), _ = next(rows_of(run))
     assert len(inputs) > 2, "several micro-batches, the last one smaller"
-    expected_loss = naive_mean_loss(run.model, inputs, targets)
+    expected_loss = naive_mean_loss(run, inputs, targets)
     expected = torch.autograd.grad(expected_loss, list(run.model.parameters()))
-    loss = accumulate(run.model, run.micro_batches((inputs, targets)), int((targets != -1).sum()), CPU)
+    loss = accumulate(run.model, run.micro_batches((inputs, targets)), int((targets != -1).sum()), CPU, run.bos_id)
     assert loss == pytest.approx(expected_loss.item(), rel=1e-12)
     for p, grad in zip(run.model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-12)
@@ -116,13 +139,13 @@ def test_two_ranks_together_take_the_step_of_one(tokenizer):
     alone = tiny_run(tokenizer, dtype=torch.float64)
     rows, state = next(rows_of(alone))
     num_targets = int((rows[1] != -1).sum())
-    loss = accumulate(alone.model, alone.micro_batches(rows), num_targets, CPU)
+    loss = accumulate(alone.model, alone.micro_batches(rows), num_targets, CPU, alone.bos_id)
     grads, losses = [torch.zeros_like(p) for p in alone.model.parameters()], 0.0
     for rank in (0, 1):
         run = tiny_run(tokenizer, dtype=torch.float64, compute=OneOfTwo(False, rank, rank, 2, torch.device("cpu")))
         own, own_state = next(rows_of(run))
         assert own_state == state, "the state is the same on all ranks"
-        losses += accumulate(run.model, run.micro_batches(own), num_targets, run.compute)
+        losses += accumulate(run.model, run.micro_batches(own), num_targets, run.compute, run.bos_id)
         for grad, p in zip(grads, run.model.parameters(), strict=True):
             grad += p.grad / 2 # the optimizer takes the mean
     assert losses == pytest.approx(loss, rel=1e-12)
@@ -135,7 +158,7 @@ def test_the_validation_loss_is_per_token_over_at_most_one_pass(tokenizer):
     steps, total, count = rows_of(run), 0.0, 0
     for _ in range(3): # 24 conversations, 8 a step
         (inputs, targets), _ = next(steps)
-        total += naive_mean_loss(run.model, inputs, targets).item() * int((targets != -1).sum())
+        total += naive_mean_loss(run, inputs, targets).item() * int((targets != -1).sum())
         count += int((targets != -1).sum())
     assert chat_sft.validation_loss(run, Chat()) == pytest.approx(total / count, rel=1e-12)
 
