@@ -11,12 +11,9 @@ import functools
 import random
 import zlib
 
-from nanochat.common import download_file_with_lock, run_main
+from nanochat.common import WORD_LIST_URL, download_file_with_lock, run_main
 from tasks.common import Task, is_right_answer, one_of
 
-# A commit of the repository, not its moving branch: the same words for everybody.
-WORD_LIST_URL = ("https://raw.githubusercontent.com/dwyl/english-words/20f5cc9b3f0ccc8ce45d814c532b7c2031bba31c/"
-                 "words_alpha.txt")
 # Where the seeds of a split's examples start; "practice" is for reinforcement learning: training words, asked anew
 FIRST_SEED = {"train": 0, "practice": 5_000_000, "test": 10_000_000}
 TEST_WORDS_OF_100 = 10  # share of the words kept for testing
