@@ -120,7 +120,8 @@ class Run:
         refuse_changes(meta["user_config"], vars(self.args), fixed)
         self.saved_lineage, self.parent = meta["lineage"], meta["lineage"]["parent"]
         check_parent(self.parent, self.args.model_step)
-        self.saved_step, self.data_state, self.loop = meta["step"], meta["dataloader_state_dict"], meta["loop_state"]
+        self.saved_step, self.data_state = meta["step"], meta["dataloader_state_dict"]
+        self.loop |= meta["loop_state"]
         self.finished = self.loop["is_last"] and (meta[self.metrics[0]] is not None or self.args.eval_every <= 0)
         if not self.loop["is_last"]: # which has no optimizer state
             self.optimizer.load_state_dict(
