@@ -177,7 +177,8 @@ def test_the_reward_rises_and_is_reported(tokenizer, base_dir, capsys):
             "train/truncated"} <= set(lines[0])
     meta = read_json(os.path.join(folder, "meta_000015.json"))
     assert meta["pass@2"] >= meta["pass@1"] > 0 and meta["lineage"]["parent"]["source"] == "sft"
-    assert "pass@1 before" in (base_dir / "report" / "chat-rl.md").read_text()
+    page = (base_dir / "report" / "chat-rl.md").read_text()
+    assert "pass@1 before" in page and "Prompts longer than the context %: 0.0000" in page
     assert complete_steps(folder) == [15] and "questions for evaluation" in capsys.readouterr().out
 
 
