@@ -392,14 +392,15 @@ def rows_to_tensors(rows, T, pad_id, learn_all=False):
 
 
 def conversation_steps(tokenizer, task, T, pad_id, seed, rank=0, world_size=1, resume_state_dict=None,
-                       conversations_per_step=None, rows_per_step=None, learn_all=False):
+                       conversations_per_step=None, rows_per_step=None, learn_all=False, one_pass=False):
     """
-    Endless ((inputs, targets), state), one for each optimizer step.
+    ((inputs, targets), state), one for each optimizer step; endless, or with `one_pass` to the end of the epoch.
 
     A step has the next `conversations_per_step` conversations, or as many as fit into `rows_per_step` rows (at least
     one). An epoch takes every conversation of `task` once, in an order drawn from (seed, epoch); steps run on over its
-    end. The rows of a step depend on the data and the seed alone; row r goes to rank r mod `world_size`, so a rank may
-    have none. A step without a row is passed over.
+    end, or with `one_pass` (for conversations_per_step) the last one is smaller. The rows of a step depend on the data
+    and the seed alone; row r goes to rank r mod `world_size`, so a rank may have none. A step without a row is passed
+    over.
     inputs, targets  (R, T) int64 on the CPU; targets are -1 where there is nothing to learn, which with `learn_all` is
                      the padding and the first id of a conversation
     state            plain JSON; as `resume_state_dict` it continues behind its step. Its counters, over all ranks and
@@ -412,7 +413,7 @@ def conversation_steps(tokenizer, task, T, pad_id, seed, rank=0, world_size=1, r
     state = resume_state_dict or {"epoch": 1, "position": 0, "seed": seed, "num_conversations": len(task),
                                   "counters": counters}
     _refuse_other(state, seed=seed, num_conversations=len(task))
-    rendered = _rendered(tokenizer, task, T + 1, state)
+    rendered = _rendered(tokenizer, task, T + 1, state, one_pass)
     if rows_per_step is None:
         taken = ((some, pack_whole(_pieces(some), T + 1)) for some in _in_groups(rendered, conversations_per_step))
     else:
@@ -429,17 +430,17 @@ class _Rendered(NamedTuple):
     position: int
 
 
-def _rendered(tokenizer, task, capacity, state):
-    """Endless _Rendered conversations from the place of a state on."""
+def _rendered(tokenizer, task, capacity, state, one_pass):
+    """_Rendered conversations from the place of a state on, endless or to the end of its epoch."""
     epoch, position = state["epoch"], state["position"]
     barren = 0 # conversations since the last one with a usable piece
-    while True:
+    while epoch == state["epoch"] or not one_pass:
         order = _shuffled(len(task), state["seed"], epoch)
         while position < len(task):
             found = render_pieces(tokenizer, task[order[position]], capacity)
             usable, position = [piece for piece in found if piece is not None], position + 1
             barren = 0 if usable else barren + 1
-            if barren == 2 * len(task):
+            if barren == len(task) * (1 if one_pass else 2): # a whole pass; the first may have begun in the middle
                 raise ValueError(f"none of the {len(task)} conversations has a turn that fits into {capacity} tokens "
                                  "and holds an answer to learn from: raise --max-seq-len, or check the data")
             yield _Rendered(usable, len(found) - len(usable), len(found) > 1, epoch, position)
@@ -451,8 +452,8 @@ def _pieces(conversations):
 
 
 def _in_groups(conversations, size):
-    while True:
-        yield list(itertools.islice(conversations, size))
+    while group := list(itertools.islice(conversations, size)):
+        yield group
 
 
 def _filling(conversations, num_rows, capacity):

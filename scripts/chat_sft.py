@@ -100,10 +100,9 @@ def count_steps(args, num_conversations):
 @torch.no_grad()
 def validation_loss(run, task):
     """Mean loss in nats per supervised token over the conversations of --eval-steps steps, at most one pass."""
-    per_step = run.args.target_examples_per_step
-    steps = min(run.args.eval_steps, -(-len(task) // per_step))
+    steps = run.conversation_steps(task, conversations_per_step=run.args.target_examples_per_step, one_pass=True)
     total = num_targets = 0
-    for rows, _ in itertools.islice(run.conversation_steps(task, conversations_per_step=per_step), steps):
+    for rows, _ in itertools.islice(steps, run.args.eval_steps):
         total += sum(float(run.model(x, y, loss_reduction="sum", bos_id=run.bos_id))
                      for x, y in run.micro_batches(rows))
         num_targets += int((rows[1] != -1).sum())

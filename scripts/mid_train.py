@@ -81,12 +81,11 @@ def build_validation():
 
 
 def validation_bpb(run, task):
-    """Bits per byte over --eval-tokens tokens of conversations, at most about one pass; on any ranks the same."""
+    """Bits per byte over --eval-tokens tokens of conversations, at most one pass; on any ranks the same."""
     batches = []
-    for rows, state in run.conversation_steps(task, conversations_per_step=256, learn_all=True):
+    for rows, state in run.conversation_steps(task, conversations_per_step=256, learn_all=True, one_pass=True):
         batches += run.micro_batches(rows)
-        counters = state["counters"]
-        if counters["tokens"] >= run.args.eval_tokens or counters["conversations"] >= len(task):
+        if state["counters"]["tokens"] >= run.args.eval_tokens:
             break
     if not batches: # this rank has no row, but must take part in the sum
         batches = [tuple(torch.full((1, run.seq_len), value, device=run.compute.device) for value in (0, -1))]
