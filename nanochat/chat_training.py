@@ -19,9 +19,11 @@ from nanochat.checkpoint_manager import (check_parent, checkpoint_dir, delete_st
 from nanochat.common import DTYPES, UserError, dataset_label, get_compute_dtype, init_wandb, print0
 from nanochat.dataloader import conversation_steps
 from nanochat.gpt import Block
-from nanochat.report import get_report
+from nanochat.report import get_report, is_reported
 from nanochat.training import (MetricsLog, accumulate, check_loss, check_weights, compile_model, is_due,
                                number_problems, refuse_changes, set_schedule)
+
+SECTIONS = {"mid": "Midtraining", "sft": "Chat SFT", "rl": "Chat RL"} # of the report
 
 # Flags that change the mathematics of a run: a resumed run must have the saved values. The scripts add their own.
 FIXED_ON_RESUME = ("source", "model_step", "num_iterations", "max_seq_len", "embedding_lr", "unembedding_lr",
@@ -122,7 +124,9 @@ class Run:
         check_parent(self.parent, self.args.model_step)
         self.saved_step, self.data_state = meta["step"], meta["dataloader_state_dict"]
         self.loop |= meta["loop_state"]
-        self.finished = self.loop["is_last"] and (meta[self.metrics[0]] is not None or self.args.eval_every <= 0)
+        evaluated = meta[self.metrics[0]] is not None or self.args.eval_every <= 0
+        reported = is_reported(SECTIONS[self.stage], self.compute)
+        self.finished = self.loop["is_last"] and evaluated and reported # else evaluate (again) and report
         if not self.loop["is_last"]: # which has no optimizer state
             self.optimizer.load_state_dict(
                 load_checkpoint(self.folder, self.saved_step, self.compute.device, load_optimizer=True)[1])
@@ -192,14 +196,14 @@ class Run:
         self.saved_step = step
         print0(f"Saved step {step} to {self.folder}")
 
-    def report(self, section, outcome):
+    def report(self, outcome):
         """The end of the run, on the console and in the report."""
         outcome = {**outcome, "DDP world size": self.compute.ddp_world_size,
                    "Total training time": f"{self.loop['total_time'] / 60:.2f}m"}
         for name, value in outcome.items():
             print0(f"{name}: {value}")
         if not self.dry_run:
-            get_report().log(section, [vars(self.args), outcome])
+            get_report().log(SECTIONS[self.stage], [vars(self.args), outcome])
 
     def learn(self, rows, step, lr, momentum=None):
         """One update on this rank's rows (inputs, targets); returns (mean loss in nats, targets), both of all ranks."""

@@ -266,7 +266,7 @@ def main(argv=None):
         print0(f"{num_steps:,} steps of {args.examples_per_step} questions x {args.num_samples} answers, "
                f"{len(val_task)} questions for evaluation")
         metrics = train(run, train_task, val_task, num_steps)
-        run.report("Chat RL", outcome_of(run, num_steps, metrics))
+        run.report(outcome_of(run, num_steps, metrics))
     run.wandb.finish()
     compute_cleanup()
 

@@ -160,9 +160,9 @@ def main(argv=None):
     else:
         run.compile()
         num_steps = train(run, train_task, val_task)
-        run.report("Midtraining", {"Number of iterations": num_steps,
-                                   "Minimum validation bpb": run.loop["min_val_bpb"],
-                                   **packing_report(run.data_state["counters"])})
+        run.report({"Number of iterations": num_steps,
+                    "Minimum validation bpb": run.loop["min_val_bpb"] or "not evaluated",
+                    **packing_report(run.data_state["counters"])})
     run.wandb.finish()
     compute_cleanup()
 

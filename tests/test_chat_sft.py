@@ -297,6 +297,20 @@ def test_resume_refuses_other_mathematics_and_a_second_run_asks_what_to_do(fille
     assert "Nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("eval_every", ["-1", "1"])
+def test_a_run_that_ended_without_its_report_writes_it_when_resumed(filled, eval_every, capsys):
+    flags = ["--num-iterations", "1", "--eval-every", eval_every, "--eval-steps", "1"]
+    sft(*flags)
+    path = filled / "report" / "chat-sft.md"
+    before = path.read_text().splitlines()[2:] # below the time stamp
+    assert any("Validation loss: not evaluated" in line for line in before) == (eval_every == "-1")
+    path.unlink()
+    path.with_suffix(".json").unlink()
+    sft(*flags, "--resume")
+    assert [line for line in path.read_text().splitlines()[2:] if "resume" not in line] == [
+        line for line in before if "resume" not in line]
+
+
 def test_resume_refuses_a_source_that_was_trained_anew(filled, tokenizer):
     flags = ["--num-iterations", "1"]
     folder = sft(*flags)

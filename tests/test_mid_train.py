@@ -84,6 +84,19 @@ def test_every_token_of_a_conversation_is_learned_and_the_batch_is_whole(filled,
     assert text.count("<|user_start|>") == state["counters"]["conversations"] == text.count("<|assistant_end|>") > 3
 
 
+def test_a_failed_validation_is_said_in_the_report_and_made_up_for_when_resumed(filled, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(mid_train, "validation_bpb", lambda *args: 1 / 0)
+        folder = mid("--num-iterations", "2")
+    page = filled / "report" / "midtraining.md"
+    assert "Minimum validation bpb: not evaluated" in page.read_text()
+    assert read_json(os.path.join(folder, "meta_000002.json"))["val_bpb"] is None
+    (filled / "report" / "midtraining.json").unlink() # as if killed before it was written
+    mid("--num-iterations", "2", "--resume")
+    val_bpb = read_json(os.path.join(folder, "meta_000002.json"))["val_bpb"]
+    assert val_bpb > 0 and f"Minimum validation bpb: {val_bpb:.4f}" in page.read_text()
+
+
 def test_a_dry_run_writes_nothing(filled):
     before = sorted(path for path in filled.rglob("*") if "report" not in str(path))
     folder = mid("--num-iterations", "2", "--dry-run")
