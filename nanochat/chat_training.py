@@ -7,6 +7,7 @@ The loops stay in the scripts. Each of them is resumed exactly: what a Run carri
 """
 import contextlib
 import itertools
+import os
 import sys
 from dataclasses import asdict
 
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from nanochat.checkpoint_manager import (check_parent, checkpoint_dir, delete_steps, find_newest_model, lineage,
                                          load_checkpoint, load_model, save_checkpoint, step_to_resume, update_meta,
                                          warn_of_changes)
-from nanochat.common import DTYPES, UserError, dataset_label, get_compute_dtype, init_wandb, print0
+from nanochat.common import (DTYPES, UserError, dataset_label, file_sha256, get_base_dir, get_compute_dtype,
+                             init_wandb, print0)
 from nanochat.dataloader import conversation_steps
 from nanochat.gpt import Block
 from nanochat.report import get_report, is_reported
@@ -110,6 +112,8 @@ class Run:
             print0(f"Data set: {label} (synthetic: its scores are not those of the published benchmarks)")
         self.seq_len = getattr(args, "max_seq_len", -1)
         self.seq_len = self.seq_len if self.seq_len > 0 else self.model.config.sequence_len
+        identity = os.path.join(get_base_dir(), "identity_conversations.jsonl")
+        args.identity_hash = file_sha256(identity)[:12] if os.path.exists(identity) else None # a flag in all but name
         self.optimizer = build_optimizer(self.model, args)
         self.parent, self.saved_step, self.data_state = meta, None, None
         self.loop = {"is_last": False, "total_time": 0.0, **loop}

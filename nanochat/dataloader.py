@@ -460,9 +460,11 @@ def _filling(conversations, num_rows, capacity):
     """Endless (the next conversations that pack into num_rows rows, those rows)."""
     waiting = []
     while True:
-        while sum(len(ids) for ids, _ in _pieces(waiting)) <= num_rows * capacity:
-            waiting += itertools.islice(conversations, 16)
-        count = len(waiting)
+        num_tokens = sum(len(ids) for ids, _ in _pieces(waiting))
+        while num_tokens <= num_rows * capacity:
+            waiting.append(next(conversations))
+            num_tokens += sum(len(ids) for ids, _ in waiting[-1].pieces)
+        count = max(1, len(waiting) - 1) # the last is too much for sure; packing loses so little that few more are
         while len(rows := pack_whole(_pieces(waiting[:count]), capacity)) > num_rows and count > 1:
             count -= 1
         yield waiting[:count], rows

@@ -158,7 +158,7 @@ def main(argv=None):
     if problems := check_args(args):
         parser.error("; ".join(problems))
     compute = compute_init(args.device_type, args.seed)
-    run = Run(args, compute, "sft", SOURCES, ("num_epochs", "target_examples_per_step"),
+    run = Run(args, compute, "sft", SOURCES, ("num_epochs", "target_examples_per_step", "identity_hash"),
               ("val_loss", "mmlu_acc", "arc_easy_acc"), train_loss=None)
     tasks = build_mixture(args), SmolTalk("test"), build_metric_tasks(args)
     num_steps = count_steps(args, len(tasks[0]))

@@ -148,7 +148,8 @@ def main(argv=None):
     if problems := check_args(args):
         parser.error("; ".join(problems))
     compute = compute_init(args.device_type, args.seed)
-    run = Run(args, compute, "mid", SOURCES, ("total_batch_size",), ("val_bpb",), loss_meter={}, min_val_bpb=None)
+    run = Run(args, compute, "mid", SOURCES, ("total_batch_size", "identity_hash"), ("val_bpb",), loss_meter={},
+              min_val_bpb=None)
     grad_accum_steps(args.total_batch_size, args.device_batch_size, run.seq_len, compute.ddp_world_size) # or an error
     before = run.parent.get("user_config", {}).get("device_batch_size", args.device_batch_size)
     if args.device_batch_size > before:

@@ -290,6 +290,12 @@ def test_resume_refuses_other_mathematics_and_a_second_run_asks_what_to_do(fille
     sft("--num-iterations", "1")
     with pytest.raises(ValueError, match="--matrix-lr was 0.02, is 0.5"):
         sft("--resume", "--num-iterations", "1", "--matrix-lr", "0.5")
+    identity = filled / "identity_conversations.jsonl"
+    as_it_was = identity.read_text()
+    identity.write_text(as_it_was.replace("say", "tell me"))
+    with pytest.raises(ValueError, match="--identity-hash was '[0-9a-f]{12}', is '[0-9a-f]{12}': give the saved"):
+        sft("--resume", "--num-iterations", "1")
+    identity.write_text(as_it_was)
     with pytest.raises(UserError, match="holds checkpoints up to step 1: pass --resume to go on, --overwrite"):
         sft()
     capsys.readouterr()
