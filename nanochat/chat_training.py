@@ -129,8 +129,7 @@ class Run:
         self.saved_step, self.data_state = meta["step"], meta["dataloader_state_dict"]
         self.loop |= meta["loop_state"]
         evaluated = meta[self.metrics[0]] is not None or self.args.eval_every <= 0
-        reported = is_reported(SECTIONS[self.stage], self.compute)
-        self.finished = self.loop["is_last"] and evaluated and reported # else evaluate (again) and report
+        self.finished = self.loop["is_last"] and evaluated and is_reported(SECTIONS[self.stage], self.compute)
         if not self.loop["is_last"]: # which has no optimizer state
             self.optimizer.load_state_dict(
                 load_checkpoint(self.folder, self.saved_step, self.compute.device, load_optimizer=True)[1])

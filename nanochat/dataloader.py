@@ -399,8 +399,7 @@ def conversation_steps(tokenizer, task, T, pad_id, seed, rank=0, world_size=1, r
     A step has the next `conversations_per_step` conversations, or as many as fit into `rows_per_step` rows (at least
     one). An epoch takes every conversation of `task` once, in an order drawn from (seed, epoch); steps run on over its
     end, or with `one_pass` (for conversations_per_step) the last one is smaller. The rows of a step depend on the data
-    and the seed alone; row r goes to rank r mod `world_size`, so a rank may have none. A step without a row is passed
-    over.
+    and the seed alone; row r goes to rank r mod `world_size`, so a rank may have none. A step without one is left out.
     inputs, targets  (R, T) int64 on the CPU; targets are -1 where there is nothing to learn, which with `learn_all` is
                      the padding and the first id of a conversation
     state            plain JSON; as `resume_state_dict` it continues behind its step. Its counters, over all ranks and
@@ -415,7 +414,8 @@ def conversation_steps(tokenizer, task, T, pad_id, seed, rank=0, world_size=1, r
     _refuse_other(state, seed=seed, num_conversations=len(task))
     rendered = _rendered(tokenizer, task, T + 1, state, one_pass)
     if rows_per_step is None:
-        taken = ((some, pack_whole(_pieces(some), T + 1)) for some in _in_groups(rendered, conversations_per_step))
+        groups = iter(lambda: list(itertools.islice(rendered, conversations_per_step)), [])
+        taken = ((some, pack_whole(_pieces(some), T + 1)) for some in groups)
     else:
         taken = _filling(rendered, rows_per_step, T + 1)
     return _conversation_steps(taken, T, pad_id, rank, world_size, state, learn_all)
@@ -449,11 +449,6 @@ def _rendered(tokenizer, task, capacity, state, one_pass):
 
 def _pieces(conversations):
     return [piece for conversation in conversations for piece in conversation.pieces]
-
-
-def _in_groups(conversations, size):
-    while group := list(itertools.islice(conversations, size)):
-        yield group
 
 
 def _filling(conversations, num_rows, capacity):

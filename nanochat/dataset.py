@@ -49,8 +49,7 @@ HUB_DATASETS = (
 # What they read as plain files; one's own in its place is left alone
 CHAT_FILES = {
     "words_alpha.txt": WORD_LIST_URL,
-    "identity_conversations.jsonl":
-        "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl",
+    "identity_conversations.jsonl": "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl",
 }
 
 # -----------------------------------------------------------------------------

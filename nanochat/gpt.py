@@ -83,11 +83,6 @@ def apply_rotary_emb(x, cos, sin):
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
-def document_starts(ids, bos_id):
-    """(B, T) for packed rows (B, T): the index in its row of the last `bos_id` up to each position, 0 without one."""
-    return torch.where(ids == bos_id, torch.arange(ids.size(1), device=ids.device), 0).cummax(1).values
-
-
 class Linear(nn.Linear):
     """A linear layer without bias whose master weight is cast to the dtype of its input."""
 
@@ -306,20 +301,17 @@ class GPT(nn.Module):
 
     def _rotary_rows(self, T, kv_cache, starts=None):
         """
-        cos and sin at the positions of the T new tokens: (1, T, 1, D/2), or (B, T, 1, D/2) for rows that differ.
-
-        They differ with a cache, or with documents that begin at `starts` (B, T): each counts from 0.
+        cos and sin at the positions of the T new tokens: (1, T, 1, D/2), or (B, T, 1, D/2) for rows that differ, as
+        those of a cache or of documents that begin at `starts` (B, T) and count from there.
         """
         positions = [0] if kv_cache is None else sorted(set(kv_cache.positions))
         if positions[-1] + T > self.cos.size(1):
             self.init_rotary(max(10 * self.config.sequence_len, 2 * (positions[-1] + T)))
-        if starts is not None:
-            at = torch.arange(T, device=starts.device) - starts
-            return self.cos[0, at], self.sin[0, at]
-        if len(positions) == 1:
+        if starts is None and len(positions) == 1:
             rows = slice(positions[0], positions[0] + T)
             return self.cos[:, rows], self.sin[:, rows]
-        at = kv_cache.cache_seqlens.long()[:, None] + torch.arange(T, device=self.cos.device) # (B, T)
+        first = kv_cache.cache_seqlens.long()[:, None] if starts is None else -starts
+        at = first + torch.arange(T, device=self.cos.device) # (B, T)
         return self.cos[0, at], self.sin[0, at]
 
     def _hidden(self, idx, kv_cache, block_fn, bos_id=None):
@@ -330,10 +322,11 @@ class GPT(nn.Module):
             if max(kv_cache.positions) + idx.size(1) > kv_cache.max_seq_len: # on the host, before anything is written
                 raise RuntimeError(f"the KV cache holds {kv_cache.max_seq_len} positions per row, "
                                    f"{max(kv_cache.positions) + idx.size(1)} are needed")
-        assert kv_cache is None or bos_id is None, "packed rows are not cached"
-        starts = None if bos_id is None else document_starts(idx, bos_id)
-        masks = {window: document_mask(starts, window, dtype) # shared by the layers
-                 for window in set(self.window_sizes) if bos_id is not None}
+        starts, masks = None, {} # masks are shared by the layers
+        if bos_id is not None: # (B, T): where in its row the document of a position begins
+            assert kv_cache is None, "packed rows are not cached"
+            starts = torch.where(idx == bos_id, torch.arange(idx.size(1), device=idx.device), 0).cummax(1).values
+            masks = {window: document_mask(starts, window, dtype) for window in set(self.window_sizes)}
         cos_sin = self._rotary_rows(idx.size(1), kv_cache, starts)
         x = x0 = norm(self.transformer.wte(idx).to(dtype))
         for i, block in enumerate(self.transformer.h):

@@ -19,9 +19,8 @@ def evaluate_bpb(model, batches, steps, token_bytes, **forward_args):
     """
     Evaluate `steps` batches; with several ranks each brings its own, and the totals are summed.
 
-    model        model(x, y, loss_reduction="none") gives B*T losses in nats, any shape; model.get_device()
+    model        model(x, y, loss_reduction="none", **forward_args): B*T losses in nats, any shape; get_device()
     batches      iterable of (x, y, ...), each (B, T); y = -1 is ignored
-    forward_args further arguments of the model
     token_bytes  (V,) integers: raw bytes of each token, 0 = not counted
     Returns bits per byte, infinity when no target has bytes. Raises ValueError for steps < 1, for too few batches, and
     for a table that does not fit the vocabulary.

@@ -135,8 +135,8 @@ def write_results(args, meta, scores, metrics):
     tasks = {}
     for name, score in scores.items():
         groups = {group: entry(*counts) for group, counts in score.groups.items()}
-        tasks[name] = entry(score.passed, score.total) | {"pass_at_1": score.pass_at_1, "too_long": score.too_long,
-                                                                   "groups": groups}
+        tasks[name] = entry(score.passed, score.total) | {"groups": groups, "pass_at_1": score.pass_at_1,
+                                                          "too_long": score.too_long}
     write_json(path, {"dataset": dataset_label() or "real", "args": vars(args), "model_tag": meta["model_tag"],
                       "step": meta["step"], "tasks": tasks, "metrics": metrics})
     return path

@@ -147,11 +147,6 @@ def train(run, train_task, val_task, metric_tasks, num_steps):
             run.wandb.log({"step": step, "train_loss": loss, "lrm": multiplier, "num_tokens": num_tokens})
 
 
-def outcome_of(run, num_rows, num_steps, metrics):
-    return {"Training rows": num_rows, "Number of iterations": num_steps, "Training loss": run.loop["train_loss"],
-            "Validation loss": metrics.get("val_loss", "not evaluated"), **packing_report(run.data_state["counters"])}
-
-
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -168,7 +163,9 @@ def main(argv=None):
         print0(f"{num_steps:,} steps of {args.target_examples_per_step} conversations, {run.seq_len} tokens a row")
         run.compile()
         metrics = train(run, *tasks, num_steps)
-        run.report(outcome_of(run, len(tasks[0]), num_steps, metrics))
+        run.report({"Training rows": len(tasks[0]), "Number of iterations": num_steps, "Training loss":
+                    run.loop["train_loss"], "Validation loss": metrics.get("val_loss", "not evaluated"),
+                    **packing_report(run.data_state["counters"])})
     run.wandb.finish()
     compute_cleanup()
 

@@ -66,8 +66,7 @@ def build_mixture(args):
         smoltalk,
         MMLU("auxiliary_train", "train"),
         GSM8K("main", "train", start=NUM_VALIDATION),
-        CustomJSON(identity, allow_missing=args.allow_missing_identity),
-        CustomJSON(identity, allow_missing=args.allow_missing_identity), # twice: two passes
+        *[CustomJSON(identity, allow_missing=args.allow_missing_identity)] * 2, # two passes
         SimpleSpelling(size=max(1, round(200_000 * scale)), split="train"),
         SpellingBee(size=max(1, round(counted * scale)), split="train"),
         *([TinyWorld(split="train")] if dataset_label() else []),
