@@ -162,7 +162,7 @@ class RustBPETokenizer(_TextEncoder):
         """
         ids, mask = [self.bos_token_id], [0]
         for turn in _checked_turns(conversation):
-            turn_ids, turn_mask = self._render_turn(*turn)
+            turn_ids, turn_mask = self.render_turn(*turn)
             ids += turn_ids
             mask += turn_mask
         return ids[:max_tokens], mask[:max_tokens]
@@ -178,7 +178,7 @@ class RustBPETokenizer(_TextEncoder):
             raise ValueError(f"a prompt needs max_tokens >= 4 for its special tokens, got {max_tokens}")
         turns = _checked_turns(conversation)
         turns = turns[:-1] if turns[-1][0] == "assistant" else turns
-        rendered = [self._render_turn(*turn)[0] for turn in turns]
+        rendered = [self.render_turn(*turn)[0] for turn in turns]
         room = max_tokens - 2 # for bos and assistant_start
         if sum(map(len, rendered)) > room:
             _warn_that_prompt_was_cut()
@@ -188,7 +188,7 @@ class RustBPETokenizer(_TextEncoder):
         rendered[0] = rendered[0][:1] + rendered[0][start:]
         return [self.bos_token_id, *itertools.chain(*rendered), self.encode_special("<|assistant_start|>")]
 
-    def _render_turn(self, role, parts):
+    def render_turn(self, role, parts):
         """(ids, mask) of one turn from its role and its parts, a list of (part type, text)."""
         trained_role = int(role == "assistant")
         ids, mask = [self.encode_special(f"<|{role}_start|>")], [0]

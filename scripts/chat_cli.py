@@ -10,12 +10,14 @@ Reads the checkpoints of the stage; writes nothing. Text on standard input is ta
 import argparse
 import contextlib
 import random
+import signal
 import sys
+import threading
 
+from nanochat.chat import AnswerStream, frame, num_to_drop
 from nanochat.checkpoint_manager import STAGE_DIRS, load_model
 from nanochat.common import DTYPES, UserError, compute_init, get_compute_dtype, run_main
-from nanochat.engine import Engine
-from nanochat.tokenizer import IncrementalDecoder
+from nanochat.engine import Batch, Engine, Request
 
 HEADING = """
 Type a message. "clear" starts a new conversation, "quit" or "exit" leaves, Ctrl-C stops an answer.
@@ -46,77 +48,85 @@ def check_args(args):
     return problems
 
 
-def legible(ids, tokenizer):
-    """
-    Yield the text of a stream of ids, piece by piece and only whole characters.
+class Printer:
+    """Parts of an answer on the terminal as they come. A tool call reads [12*3 = 36], one without a result [12*]."""
 
-    A tool call reads [12*3 = 36], one without a result [12*]; no other special token is shown.
-    """
-    special = tokenizer.encode_special
-    marks = {special("<|python_start|>"): "[", special("<|output_start|>"): " = ", special("<|output_end|>"): "]"}
-    decoder, is_call_over = IncrementalDecoder(tokenizer), False
-    for token in ids:
-        if is_call_over and token != special("<|output_start|>"):
-            yield "]"
-        is_call_over = token == special("<|python_end|>")
-        yield marks.get(token) or decoder.push(token)
-    yield "]" * is_call_over + decoder.flush()
+    def __init__(self):
+        self.is_call_open = False
+
+    def show(self, parts):
+        for part in parts:
+            kind, text = part["type"], part["text"]
+            closing = "]" if self.is_call_open and kind != "python_output" else ""
+            text = {"python": f"[{text}", "python_output": f" = {text}]"}.get(kind, text)
+            self.is_call_open = kind == "python"
+            print(closing + text, end="", flush=True)
+
+    def close(self):
+        print("]" if self.is_call_open else "")
+
+
+@contextlib.contextmanager
+def interrupt_calls(action):
+    """Ctrl-C calls `action` instead of breaking off whatever runs. Only the main thread hears it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, stack: action())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Chat:
-    """One conversation, kept as ids: bos is put before it, and every turn is a whole question and answer."""
+    """One conversation, kept as the ids that the model has read and said: they are found in its cache again."""
 
-    def __init__(self, engine, tokenizer, args):
-        self.engine, self.tokenizer, self.args = engine, tokenizer, args
+    def __init__(self, engine, args):
+        self.tokenizer, self.args = engine.tokenizer, args
         self.context = engine.model.config.sequence_len
+        self.end = engine.assistant_end
+        self.batch = Batch(engine, max_rows=1)
         self.seed = random.randrange(2**31) if args.seed is None else args.seed
-        self.turns, self.num_answers = [], 0
+        self.turns, self.num_answers = [], 0 # turns: ids of question, answer, question, answer, ...
 
     def clear(self):
         self.turns = []
 
-    def prompt(self, text):
-        """
-        (ids to complete, ids of this turn so far). The oldest turns go when there is no room left for an answer.
-        Raises UserError for a message that alone is too long.
-        """
-        special = self.tokenizer.encode_special
-        question = self.tokenizer.encode(text, prepend="<|user_start|>", append="<|user_end|>")
-        question.append(special("<|assistant_start|>"))
-        room = self.context - 1 - min(self.args.max_tokens, self.context // 2) # 1 for bos
-        if len(question) > room:
-            raise UserError(f"this message has {len(question)} tokens, at most {room} fit beside an answer: shorten it")
-        num_dropped = 0
-        while sum(map(len, self.turns)) + len(question) > room:
-            del self.turns[0]
-            num_dropped += 1
-        if num_dropped:
-            print(f"(forgetting the oldest {num_dropped} turn(s): the context of {self.context} tokens is full)")
-        return [self.tokenizer.get_bos_token_id(), *sum(self.turns, []), *question], question
+    def prompt(self, question):
+        """The ids to complete; the oldest turns go if there is no room. Raises UserError for a long question."""
+        turns = [*self.turns, question]
+        dropped = num_to_drop(list(map(len, turns)), self.context, self.args.max_tokens)
+        ids = frame(self.tokenizer, turns[2 * dropped:], self.context)
+        if dropped:
+            print(f"(forgetting the oldest {dropped} turn(s): the context of {self.context} tokens is full)")
+        del self.turns[:2 * dropped]
+        return ids
 
     def answer(self, text):
         """Stream the answer to the terminal and remember the turn. Ctrl-C ends the answer, not the program."""
-        prompt, question = self.prompt(text)
-        answer = []
-        stream = self.engine.generate(prompt, max_tokens=min(self.args.max_tokens, self.context - len(prompt) + 1),
-                                      temperature=self.args.temperature, top_k=self.args.top_k,
-                                      seed=self.seed + self.num_answers)
-        print("Assistant: ", end="", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            for piece in legible(self._remember(stream, answer), self.tokenizer):
-                print(piece, end="", flush=True)
-        print()
-        # However it ended (of itself, by bos, cut off), the turn is closed in the form the model was trained on.
-        self.turns.append(question + answer + [self.tokenizer.encode_special("<|assistant_end|>")])
-        self.num_answers += 1
+        printer, stream = Printer(), AnswerStream(self.tokenizer)
+        said = [self.tokenizer.encode_special("<|assistant_start|>")]
 
-    def _remember(self, stream, answer):
-        """The ids of the stream up to its terminal token, also appended to `answer`."""
-        for (token,), _ in stream:
-            if token in self.engine.terminal:
-                return
-            answer.append(token)
-            yield token
+        def on_token(token, mask, logprob):
+            printer.show(stream.push(token, mask))
+            said.extend([] if stream.stopped else [token])
+            return stream.stopped
+        args = self.args
+        question = self.tokenizer.render_turn("user", [("text", text)])[0]
+        request = Request(self.prompt(question), args.max_tokens, args.temperature, args.top_k,
+                          seed=self.seed + self.num_answers, on_token=on_token)
+        print("Assistant: ", end="", flush=True)
+        with interrupt_calls(request.cancel):
+            self.batch.submit(request)
+            while self.batch.step():
+                pass
+        printer.show(stream.flush())
+        printer.close()
+        # However it ended (of itself, by bos, cut off), the turn is closed in the form the model was trained on.
+        closing = [stream.tool[1]] if stream.tool else []
+        self.turns += [question, [*said, *closing, self.end]]
+        self.num_answers += 1
 
 
 def talk(chat):
@@ -151,7 +161,7 @@ def main(argv=None):
     compute = compute_init(args.device_type)
     dtype = get_compute_dtype(compute.device, args.dtype)
     model, tokenizer, _ = load_model(args.source, compute.device, "eval", args.model_tag, args.step, dtype)
-    chat = Chat(Engine(model, tokenizer), tokenizer, args)
+    chat = Chat(Engine(model, tokenizer), args)
     if args.prompt:
         chat.answer(args.prompt)
     else:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import yaml
 
 from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
 from nanochat.common import UserError, claim_base_dir, hub_mirror_dir, read_json
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.task_eval import Score
 from nanochat.tokenizer import RustBPETokenizer
@@ -206,25 +208,36 @@ def tokenizer(world):
     return RustBPETokenizer.from_directory(str(world / "tokenizer"))
 
 
-class ScriptedEngine:
-    """Answers with given ids, one list per call; remembers the prompts. The string "stop" in a list is a Ctrl-C."""
-    def __init__(self, tokenizer, *answers, sequence_len=48):
-        self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=sequence_len))
-        self.terminal = tuple(tokenizer.encode_special(f"<|{name}|>") for name in ("assistant_end", "bos"))
-        self.answers, self.prompts, self.settings = list(answers), [], []
+class ScriptedModel:
+    """Says the given ids, one list per answer, then assistant_end. The string "stop" in a list is a Ctrl-C."""
+    def __init__(self, tokenizer, answers, sequence_len):
+        self.config = SimpleNamespace(n_head=1, n_kv_head=1, n_embd=4, n_layer=1, sequence_len=sequence_len)
+        self.tokenizer, self.answers, self.prompts, self.said = tokenizer, list(answers), [], []
 
-    def generate(self, prompt, max_tokens, **settings):
-        self.prompts.append(prompt)
-        self.settings.append(settings | {"max_tokens": max_tokens})
-        for token in self.answers.pop(0)[:max_tokens]:
-            if token == "stop":
-                raise KeyboardInterrupt
-            yield [token], [1]
+    def get_device(self):
+        return "cpu"
+
+    def forward(self, ids, kv_cache=None):
+        kv_cache.advance(ids.size(1))
+        row = ids[0].tolist()
+        if self.tokenizer.encode_special("<|assistant_start|>") in row[-1:]:
+            self.said = self.answers.pop(0)
+        token = self.said[0] if self.said else self.tokenizer.encode_special("<|assistant_end|>")
+        self.said = self.said[1:]
+        if token == "stop":
+            os.kill(os.getpid(), signal.SIGINT)
+            token = 0
+        return 9 * torch.nn.functional.one_hot(torch.full(ids.shape, token), self.tokenizer.get_vocab_size()).float()
 
 
-def make_chat(tokenizer, *answers, flags=(), **kwargs):
-    engine = ScriptedEngine(tokenizer, *answers, **kwargs)
-    return chat_cli.Chat(engine, tokenizer, chat_cli.build_parser().parse_args(["--max-tokens", "16", *flags])), engine
+def make_chat(tokenizer, *answers, flags=(), sequence_len=48):
+    """A chat, and the requests that it makes, as they are handed to the engine."""
+    engine = Engine(ScriptedModel(tokenizer, answers, sequence_len), tokenizer)
+    flags = ["--max-tokens", "16", "-t", "0", *flags]
+    chat = chat_cli.Chat(engine, chat_cli.build_parser().parse_args(flags))
+    requests, submit = [], chat.batch.submit
+    chat.batch.submit = lambda request: (requests.append(request), submit(request))
+    return chat, requests
 
 
 def ids_of(tokenizer, *parts):
@@ -233,57 +246,67 @@ def ids_of(tokenizer, *parts):
             ([tokenizer.encode_special(f"<|{part[1:-1]}|>")] if part[0] == "<" else tokenizer.encode(part))]
 
 
-@pytest.mark.parametrize("parts, shown", [
-    (["the größe"], "the größe"),
-    (["I say ", "<python_start>", "12*3", "<python_end>", "<output_start>", "36", "<output_end>", " ok"],
-     "I say [12*3 = 36] ok"),
-    (["<python_start>", "1/0", "<python_end>", "no"], "[1/0]no"),
-    (["<python_start>", "1/0", "<python_end>"], "[1/0]"),
-    (["<python_start>", "cut"], "[cut"),
-    (["<user_start>", "a", "<user_end>"], "a"),
+CALL = ["I say ", "<python_start>", "12*3", "<python_end>"]
+
+
+@pytest.mark.parametrize("parts, shown, kept", [
+    (["the größe"], "the größe", ["the größe"]),
+    ([*CALL, "RESULT", " ok"], "I say [12*3 = 36] ok", [*CALL, "<output_start>", "36", "<output_end>", " ok"]),
+    (["<python_start>", "<python_end>", "no"], "[]no", ["<python_start>", "<python_end>", "no"]),
+    (["<python_start>", "cut", "<bos>"], "[cut]", ["<python_start>", "cut", "<python_end>"]),
+    (["a", "<user_start>", "b", "<user_end>"], "a", ["a"]), # it must not speak for the user
 ])
-def test_streamed_text_is_legible(tokenizer, parts, shown):
-    pieces = list(chat_cli.legible(ids_of(tokenizer, *parts), tokenizer))
-    assert "".join(pieces) == shown and not any("�" in piece for piece in pieces)
+def test_streamed_text_is_legible_and_kept_well_formed(tokenizer, capsys, parts, shown, kept):
+    forced = ids_of(tokenizer, "<output_start>", "36", "<output_end>") # in their place the model's own do not count
+    said = [i for part in parts for i in (forced if part == "RESULT" else ids_of(tokenizer, part))]
+    chat, _ = make_chat(tokenizer, said, flags=["--max-tokens", "30"], sequence_len=99)
+    chat.answer("hat")
+    assert capsys.readouterr().out == f"Assistant: {shown}\n"
+    assert chat.turns[1] == ids_of(tokenizer, "<assistant_start>", *kept, "<assistant_end>")
 
 
-def test_characters_cut_at_the_end_are_shown_as_such(tokenizer):
-    assert "".join(chat_cli.legible(list("hé".encode())[:-1], tokenizer)) == "h�"
+def test_characters_cut_at_the_end_are_shown_as_such(tokenizer, capsys):
+    make_chat(tokenizer, list("hé".encode())[:-1])[0].answer("hat")
+    assert capsys.readouterr().out == "Assistant: h�\n"
 
 
 @pytest.mark.parametrize("ending", ["<assistant_end>", "<bos>", None, "stop"])
 def test_however_an_answer_ends_the_next_prompt_is_well_formed(tokenizer, capsys, ending):
-    said = ids_of(tokenizer, "the cat sat")[:10]
+    said = ids_of(tokenizer, "the cat sat")
     end = [] if ending is None else [ending] if ending == "stop" else ids_of(tokenizer, ending)
-    more = [] if ending is None else ids_of(tokenizer, "never")
-    chat, engine = make_chat(tokenizer, said + end + more, [], sequence_len=99)
+    chat, requests = make_chat(tokenizer, said + end + ids_of(tokenizer, "never"), [], sequence_len=99)
     if ending is None:
         chat.args.max_tokens = len(said) # cut off by the limit
-    chat.answer("hat")
-    assert capsys.readouterr().out == "Assistant: the cat sat\n"
+    before = signal.getsignal(signal.SIGINT)
+    chat.answer("hat" * 9)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert capsys.readouterr().out.replace("\0", "") == "Assistant: the cat sat\n"
     chat.answer("dog")
-    turn = ["<user_start>", "hat", "<user_end>", "<assistant_start>", "the cat sat", "<assistant_end>"]
+    turn = ["<user_start>", "hat" * 9, "<user_end>", "<assistant_start>", "the cat sat"]
+    turn_ids = ids_of(tokenizer, *turn) + [0] * (ending == "stop") + ids_of(tokenizer, "<assistant_end>")
     opening = ["<user_start>", "dog", "<user_end>", "<assistant_start>"]
-    assert engine.prompts[1] == ids_of(tokenizer, "<bos>", *turn, *opening)
-    assert engine.settings[0]["seed"] != engine.settings[1]["seed"]
+    assert requests[1].prompt == ids_of(tokenizer, "<bos>") + turn_ids + ids_of(tokenizer, *opening)
+    assert requests[1].cached_tokens >= len(requests[0].prompt) + len(said) - 1 # read and said before: not read again
+    assert requests[0].rng.initial_seed() != requests[1].rng.initial_seed()
 
 
 def test_oldest_turns_are_dropped_and_it_says_so(tokenizer, capsys):
-    word = ids_of(tokenizer, "the")
-    chat, engine = make_chat(tokenizer, *[word] * 12)
+    chat, requests = make_chat(tokenizer, *[ids_of(tokenizer, "the")] * 12)
     for _ in range(12):
         chat.answer("cat")
-    assert max(map(len, engine.prompts)) <= 48 - 16
-    assert all(prompt[:2] == ids_of(tokenizer, "<bos>", "<user_start>") for prompt in engine.prompts)
+    assert max(len(request.prompt) for request in requests) <= 48 - 16
+    assert all(request.prompt[:2] == ids_of(tokenizer, "<bos>", "<user_start>") for request in requests)
     assert "(forgetting the oldest 1 turn(s): the context of 48 tokens is full)" in capsys.readouterr().out
-    with pytest.raises(UserError, match="tokens, at most 31 fit beside an answer"):
-        chat.answer("q" * 40)
+    turns = list(chat.turns)
+    with pytest.raises(UserError, match="this message has 64 tokens, but the context of the model holds 48"):
+        chat.answer("q" * 60)
+    assert chat.turns == turns
 
 
 def test_an_answer_never_leaves_the_context(tokenizer):
-    chat, engine = make_chat(tokenizer, ids_of(tokenizer, "the") * 200, flags=["--max-tokens", "1000"])
+    chat, requests = make_chat(tokenizer, ids_of(tokenizer, "the") * 200, flags=["--max-tokens", "1000"])
     chat.answer("cat")
-    assert len(engine.prompts[0]) + engine.settings[0]["max_tokens"] - 1 == 48
+    assert len(requests[0].prompt) + len(requests[0].tokens) - 1 == 48 and requests[0].finish_reason == "length"
 
 
 def type_in(monkeypatch, *lines):
@@ -292,13 +315,13 @@ def type_in(monkeypatch, *lines):
 
 @pytest.mark.parametrize("last", ["quit", "EXIT", None])
 def test_commands(tokenizer, monkeypatch, capsys, last):
-    chat, engine = make_chat(tokenizer, *[ids_of(tokenizer, "sat")] * 3)
-    type_in(monkeypatch, "cat", "", "q" * 40, "Clear", "dog", *([last] if last else []))
+    chat, requests = make_chat(tokenizer, *[ids_of(tokenizer, "sat")] * 3)
+    type_in(monkeypatch, "cat", "", "q" * 60, "Clear", "dog", *([last] if last else []))
     chat_cli.talk(chat)
     out = capsys.readouterr().out
     assert "User: cat\nAssistant: sat\n" in out and "(a new conversation)" in out and out.endswith("Goodbye!\n")
     assert "(this message has" in out # the session goes on
-    assert engine.prompts[1] == ids_of(tokenizer, "<bos>", "<user_start>", "dog", "<user_end>", "<assistant_start>")
+    assert requests[1].prompt == ids_of(tokenizer, "<bos>", "<user_start>", "dog", "<user_end>", "<assistant_start>")
 
 
 @pytest.mark.parametrize("prompt", ["the cat", "clear", "quit"])

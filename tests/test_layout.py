@@ -18,7 +18,7 @@ FLOORS = [ # of nanochat; imports at the top of a file point to a lower floor
     {"common"},
     {"optim", "flash_attention", "execution", "loss_eval"},
     {"gpt", "engine", "tokenizer", "dataset", "core_eval", "task_eval", "report"},
-    {"checkpoint_manager", "dataloader", "hf_model", "training"},
+    {"checkpoint_manager", "chat", "dataloader", "hf_model", "training"},
     {"serving", "chat_training"},
 ]
 HEAVY = {"pyarrow", "datasets", "transformers", "wandb", "pandas", "matplotlib", "tiktoken", "rustbpe", "tokenizers",

@@ -37,6 +37,11 @@ BAD = [
     ("scripts.chat_eval", "-a NoSuchTask", "NoSuchTask"),
     ("scripts.chat_eval", "--temperature -1", "--temperature must be at least 0"),
     ("scripts.chat_cli", "--max-tokens 0", "--max-tokens must be at least 1, got 0"),
+    ("scripts.chat_web", "--temperature 2.5", "--temperature must be between 0 and 2, got 2.5"),
+    ("scripts.chat_web", "-k 201 -m 0 -t nan", "--max-tokens must be between 1 and 4096, got 0"),
+    ("scripts.chat_web", "--max-batch 0 --max-queue -1", "--max-queue must be at least 0, got -1"),
+    ("scripts.chat_web", "--port 65536", "--port must be between 0 and 65535, got 65536"),
+    ("scripts.chat_web", "--cors-origin *", "--cors-origin must name an origin"),
     ("nanochat.dataset", "-n 2 -w 0", "--num-workers must be at least 1, got 0"),
     ("dev.tinyworld.generate", "--facts 1", "--facts must be at least"),
 ]
