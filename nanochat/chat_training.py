@@ -7,6 +7,7 @@ The loops stay in the scripts. Each of them is resumed exactly: what a Run carri
 """
 import contextlib
 import itertools
+import os
 import sys
 from dataclasses import asdict
 
@@ -16,12 +17,15 @@ import torch.nn.functional as F
 from nanochat.checkpoint_manager import (check_parent, checkpoint_dir, delete_steps, find_newest_model, lineage,
                                          load_checkpoint, load_model, save_checkpoint, step_to_resume, update_meta,
                                          warn_of_changes)
-from nanochat.common import DTYPES, UserError, dataset_label, get_compute_dtype, init_wandb, print0
+from nanochat.common import (DTYPES, UserError, dataset_label, file_sha256, get_base_dir, get_compute_dtype,
+                             init_wandb, print0)
 from nanochat.dataloader import conversation_steps
 from nanochat.gpt import Block
-from nanochat.report import get_report
+from nanochat.report import get_report, is_reported
 from nanochat.training import (MetricsLog, accumulate, check_loss, check_weights, compile_model, is_due,
                                number_problems, refuse_changes, set_schedule)
+
+SECTIONS = {"mid": "Midtraining", "sft": "Chat SFT", "rl": "Chat RL"} # of the report
 
 # Flags that change the mathematics of a run: a resumed run must have the saved values. The scripts add their own.
 FIXED_ON_RESUME = ("source", "model_step", "num_iterations", "max_seq_len", "embedding_lr", "unembedding_lr",
@@ -103,10 +107,13 @@ class Run:
         self.model, self.tokenizer, meta = load_model(source, compute.device, "train", tag, step, dtype)
         print0(f"{'Starting' if resume_step is None else 'Resuming'} from {source} {tag}, step {meta['step']}; "
                f"compute dtype {str(dtype).split('.')[1]}, {torch.get_num_threads()} threads")
+        self.bos_id = self.tokenizer.get_bos_token_id()
         if label := dataset_label():
             print0(f"Data set: {label} (synthetic: its scores are not those of the published benchmarks)")
         self.seq_len = getattr(args, "max_seq_len", -1)
         self.seq_len = self.seq_len if self.seq_len > 0 else self.model.config.sequence_len
+        identity = os.path.join(get_base_dir(), "identity_conversations.jsonl")
+        args.identity_hash = file_sha256(identity)[:12] if os.path.exists(identity) else None # a flag in all but name
         self.optimizer = build_optimizer(self.model, args)
         self.parent, self.saved_step, self.data_state = meta, None, None
         self.loop = {"is_last": False, "total_time": 0.0, **loop}
@@ -119,8 +126,10 @@ class Run:
         refuse_changes(meta["user_config"], vars(self.args), fixed)
         self.saved_lineage, self.parent = meta["lineage"], meta["lineage"]["parent"]
         check_parent(self.parent, self.args.model_step)
-        self.saved_step, self.data_state, self.loop = meta["step"], meta["dataloader_state_dict"], meta["loop_state"]
-        self.finished = self.loop["is_last"] and (meta[self.metrics[0]] is not None or self.args.eval_every <= 0)
+        self.saved_step, self.data_state = meta["step"], meta["dataloader_state_dict"]
+        self.loop |= meta["loop_state"]
+        evaluated = meta[self.metrics[0]] is not None or self.args.eval_every <= 0
+        self.finished = self.loop["is_last"] and evaluated and is_reported(SECTIONS[self.stage], self.compute)
         if not self.loop["is_last"]: # which has no optimizer state
             self.optimizer.load_state_dict(
                 load_checkpoint(self.folder, self.saved_step, self.compute.device, load_optimizer=True)[1])
@@ -135,10 +144,11 @@ class Run:
                                   self.compute.ddp_world_size, state, **size)
 
     def compile(self):
-        """Compile the model for rows of seq_len tokens, device_batch_size of them."""
+        """Compile the model for packed rows of seq_len tokens, device_batch_size of them."""
+        print0("Attention: scaled_dot_product_attention, within each conversation of a packed row")
         ids = torch.zeros((self.args.device_batch_size, self.seq_len), dtype=torch.long, device=self.compute.device)
         print0(compile_model(self.model, self.args.compile,
-                             lambda: self.model(ids, ids, loss_reduction="sum").backward()))
+                             lambda: self.model(ids, ids, loss_reduction="sum", bos_id=self.bos_id).backward()))
 
     def begin(self, batches):
         """Delete an earlier run's steps if asked to, and open the metrics log; returns the batches."""
@@ -189,19 +199,19 @@ class Run:
         self.saved_step = step
         print0(f"Saved step {step} to {self.folder}")
 
-    def report(self, section, outcome):
+    def report(self, outcome):
         """The end of the run, on the console and in the report."""
         outcome = {**outcome, "DDP world size": self.compute.ddp_world_size,
                    "Total training time": f"{self.loop['total_time'] / 60:.2f}m"}
         for name, value in outcome.items():
             print0(f"{name}: {value}")
         if not self.dry_run:
-            get_report().log(section, [vars(self.args), outcome])
+            get_report().log(SECTIONS[self.stage], [vars(self.args), outcome])
 
     def learn(self, rows, step, lr, momentum=None):
         """One update on this rank's rows (inputs, targets); returns (mean loss in nats, targets), both of all ranks."""
         num_targets = max(1, int(self.compute.all_reduce(int((rows[1] != -1).sum()))[0]))
-        loss = accumulate(self.model, self.micro_batches(rows), num_targets, self.compute)
+        loss = accumulate(self.model, self.micro_batches(rows), num_targets, self.compute, self.bos_id)
         check_loss(loss, step)
         self.update(lr, momentum)
         return loss, num_targets

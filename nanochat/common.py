@@ -195,6 +195,11 @@ def _refuse_to_mix(what):
 # -----------------------------------------------------------------------------
 # Things fetched from elsewhere
 
+# A commit of the repository, not its moving branch: the same words for everybody.
+WORD_LIST_URL = ("https://raw.githubusercontent.com/dwyl/english-words/20f5cc9b3f0ccc8ce45d814c532b7c2031bba31c/"
+                 "words_alpha.txt")
+
+
 def download_file_with_lock(url, filename, postprocess_fn=None):
     """
     Fetch `url` to <base>/<filename> once, whatever the number of ranks; returns the path.

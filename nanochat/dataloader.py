@@ -379,26 +379,29 @@ def pack_whole(pieces, capacity):
 def rows_to_tensors(rows, T, pad_id, learn_all=False):
     """
     Packed rows to inputs, targets (R, T) int64; targets are -1 on padding and, unless `learn_all`, where the mask is 0.
+
+    The first id of a piece is never learned: what comes before it in the row is no reason for it.
     """
     tokens, learn = np.full((len(rows), T + 1), pad_id, dtype=np.int64), np.zeros((len(rows), T + 1), dtype=bool)
     for r, row in enumerate(rows):
-        ids, mask = ([value for piece in row for value in piece[part]] for part in (0, 1))
-        tokens[r, :len(ids)], learn[r, :len(ids)] = ids, learn_all or mask
+        ids = [token for ids, _ in row for token in ids]
+        masks = [[False] + [True] * (len(ids) - 1) if learn_all else mask for ids, mask in row]
+        tokens[r, :len(ids)], learn[r, :len(ids)] = ids, list(itertools.chain.from_iterable(masks))
     targets = np.where(learn[:, 1:], tokens[:, 1:], -1)
     return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets)
 
 
 def conversation_steps(tokenizer, task, T, pad_id, seed, rank=0, world_size=1, resume_state_dict=None,
-                       conversations_per_step=None, rows_per_step=None, learn_all=False):
+                       conversations_per_step=None, rows_per_step=None, learn_all=False, one_pass=False):
     """
-    Endless ((inputs, targets), state), one for each optimizer step.
+    ((inputs, targets), state), one for each optimizer step; endless, or with `one_pass` to the end of the epoch.
 
     A step has the next `conversations_per_step` conversations, or as many as fit into `rows_per_step` rows (at least
     one). An epoch takes every conversation of `task` once, in an order drawn from (seed, epoch); steps run on over its
-    end. The rows of a step depend on the data and the seed alone; row r goes to rank r mod `world_size`, so a rank may
-    have none. A step without a row is passed over.
+    end, or with `one_pass` (for conversations_per_step) the last one is smaller. The rows of a step depend on the data
+    and the seed alone; row r goes to rank r mod `world_size`, so a rank may have none. A step without one is left out.
     inputs, targets  (R, T) int64 on the CPU; targets are -1 where there is nothing to learn, which with `learn_all` is
-                     the padding alone
+                     the padding and the first id of a conversation
     state            plain JSON; as `resume_state_dict` it continues behind its step. Its counters, over all ranks and
                      from the start: conversations taken, split ones, dropped pieces, tokens and padding of the rows
     Raises ValueError when the saved state is of other data or another seed, or when no conversation fits.
@@ -409,9 +412,10 @@ def conversation_steps(tokenizer, task, T, pad_id, seed, rank=0, world_size=1, r
     state = resume_state_dict or {"epoch": 1, "position": 0, "seed": seed, "num_conversations": len(task),
                                   "counters": counters}
     _refuse_other(state, seed=seed, num_conversations=len(task))
-    rendered = _rendered(tokenizer, task, T + 1, state)
+    rendered = _rendered(tokenizer, task, T + 1, state, one_pass)
     if rows_per_step is None:
-        taken = ((some, pack_whole(_pieces(some), T + 1)) for some in _in_groups(rendered, conversations_per_step))
+        groups = iter(lambda: list(itertools.islice(rendered, conversations_per_step)), [])
+        taken = ((some, pack_whole(_pieces(some), T + 1)) for some in groups)
     else:
         taken = _filling(rendered, rows_per_step, T + 1)
     return _conversation_steps(taken, T, pad_id, rank, world_size, state, learn_all)
@@ -426,17 +430,17 @@ class _Rendered(NamedTuple):
     position: int
 
 
-def _rendered(tokenizer, task, capacity, state):
-    """Endless _Rendered conversations from the place of a state on."""
+def _rendered(tokenizer, task, capacity, state, one_pass):
+    """_Rendered conversations from the place of a state on, endless or to the end of its epoch."""
     epoch, position = state["epoch"], state["position"]
     barren = 0 # conversations since the last one with a usable piece
-    while True:
+    while epoch == state["epoch"] or not one_pass:
         order = _shuffled(len(task), state["seed"], epoch)
         while position < len(task):
             found = render_pieces(tokenizer, task[order[position]], capacity)
             usable, position = [piece for piece in found if piece is not None], position + 1
             barren = 0 if usable else barren + 1
-            if barren == 2 * len(task):
+            if barren == len(task) * (1 if one_pass else 2): # a whole pass; the first may have begun in the middle
                 raise ValueError(f"none of the {len(task)} conversations has a turn that fits into {capacity} tokens "
                                  "and holds an answer to learn from: raise --max-seq-len, or check the data")
             yield _Rendered(usable, len(found) - len(usable), len(found) > 1, epoch, position)
@@ -447,18 +451,15 @@ def _pieces(conversations):
     return [piece for conversation in conversations for piece in conversation.pieces]
 
 
-def _in_groups(conversations, size):
-    while True:
-        yield list(itertools.islice(conversations, size))
-
-
 def _filling(conversations, num_rows, capacity):
     """Endless (the next conversations that pack into num_rows rows, those rows)."""
     waiting = []
     while True:
-        while sum(len(ids) for ids, _ in _pieces(waiting)) <= num_rows * capacity:
-            waiting += itertools.islice(conversations, 16)
-        count = len(waiting)
+        num_tokens = sum(len(ids) for ids, _ in _pieces(waiting))
+        while num_tokens <= num_rows * capacity:
+            waiting.append(next(conversations))
+            num_tokens += sum(len(ids) for ids, _ in waiting[-1].pieces)
+        count = max(1, len(waiting) - 1) # the last is too much for sure; packing loses so little that few more are
         while len(rows := pack_whole(_pieces(waiting[:count]), capacity)) > num_rows and count > 1:
             count -= 1
         yield waiting[:count], rows

@@ -27,8 +27,8 @@ import threading
 import time
 import warnings
 
-from nanochat.common import (UserError, atomic_write, claim_base_dir, file_sha256, get_base_dir, load_hub_dataset,
-                             read_manifest, run_main)
+from nanochat.common import (WORD_LIST_URL, UserError, atomic_write, claim_base_dir, download_file_with_lock,
+                             file_sha256, get_base_dir, load_hub_dataset, read_manifest, run_main)
 
 NAME = "fineweb-edu"
 HUB_PATH = "/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main/"
@@ -45,6 +45,12 @@ HUB_DATASETS = (
     ("openai/gsm8k", "main", ("train", "test")),
     ("openai/openai_humaneval", None, ("test",)),
 )
+
+# What they read as plain files; one's own in its place is left alone
+CHAT_FILES = {
+    "words_alpha.txt": WORD_LIST_URL,
+    "identity_conversations.jsonl": "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl",
+}
 
 # -----------------------------------------------------------------------------
 # Reading shards
@@ -284,6 +290,7 @@ def prepare():
     """Fetch now what later stages would fetch; returns the names of what could not be had."""
     from nanochat.core_eval import get_eval_bundle
     jobs = [("eval_bundle", get_eval_bundle, ())]
+    jobs += [(name, download_file_with_lock, (url, name)) for name, url in CHAT_FILES.items()]
     jobs += [(f"{name} {subset or 'default'} {split}", load_hub_dataset, (name, subset, split))
              for name, subset, splits in HUB_DATASETS for split in splits]
     missing = []

@@ -3,6 +3,7 @@ Causal attention behind one contract: all back ends, with or without KV cache, w
 
     flash_attn.flash_attn_func(q, k, v, causal, window_size)
     flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, causal, window_size)
+    flash_attn.masked_attn_func(q, k, v, mask)     FA3 takes no mask: SDPA on every device
 
 Layouts are those of FlashAttention-3 (Shah et al. 2024, https://arxiv.org/abs/2407.08608): (B, T, heads, D). A window
 (left, right) lets a query at position p see keys p-left .. p+right; -1 = unlimited. FA3 runs on Hopper GPUs in bf16 or
@@ -112,7 +113,27 @@ def _flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=
     return _sdpa(q, k_cache[:, :end], v_cache[:, :end], end - q.size(1), causal, window_size)
 
 
-flash_attn = SimpleNamespace(flash_attn_func=_flash_attn_func, flash_attn_with_kvcache=_flash_attn_with_kvcache)
+def _masked_attn_func(q, k, v, mask):
+    """As `_flash_attn_func` on T = Tk positions, under a mask (B, 1, T, T) that is added to the scores."""
+    num_copies = q.size(2) // k.size(2) # copied: on CUDA no kernel but the slow one takes both a mask and fewer k heads
+    k, v = (part.transpose(1, 2).repeat_interleave(num_copies, dim=1) for part in (k, v))
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
+
+
+def document_mask(starts, window_size, dtype):
+    """
+    The mask under which the documents of packed rows do not see each other.
+
+    starts    (B, T) integers: the index in its row at which the document of a position begins
+    Returns   (B, 1, T, T) of `dtype`, that of the queries: 0 where a query may look, causal and windowed, else -inf
+    """
+    T, device = starts.size(1), starts.device
+    visible = (starts[:, :, None] == starts[:, None, :]) & _window_mask(T, T, 0, window_size[0], 0, device)
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)[:, None]
+
+
+flash_attn = SimpleNamespace(flash_attn_func=_flash_attn_func, flash_attn_with_kvcache=_flash_attn_with_kvcache,
+                             masked_attn_func=_masked_attn_func)
 
 # -----------------------------------------------------------------------------
 # The fallback on torch's own attention

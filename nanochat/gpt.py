@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import print0
-from nanochat.flash_attention import flash_attn
+from nanochat.flash_attention import document_mask, flash_attn
 from nanochat.optim import MuonAdamW
 
 NORM_EPS = 1.1920929e-07 # fp32 machine epsilon, whatever the dtype of the activations
@@ -109,12 +109,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.ve_gate = Linear(GATE_CHANNELS, self.n_kv_head) if value_embed else None
 
-    def forward(self, u, ve, cos_sin, window, kv_cache=None):
+    def forward(self, u, ve, cos_sin, window, kv_cache=None, mask=None):
         """
         u         (B, T, C)            the normalised input of the block
         ve        (B, T, Hkv * D)      value embeddings of the tokens, or None
         cos_sin   two tables (1 or B, T, 1, D/2), already at the positions of u
         window    (left, right) in positions
+        mask      (B, 1, T, T), added to the scores, with the window in it; or None
         Returns   (B, T, C)
         """
         B, T, C = u.size()
@@ -125,7 +126,9 @@ class CausalSelfAttention(nn.Module):
             gate = 2 * torch.sigmoid(self.ve_gate(u[..., :GATE_CHANNELS])) # (B, T, Hkv), in (0, 2)
             v = v + gate.unsqueeze(-1) * ve.view(B, T, self.n_kv_head, self.head_dim).to(v.dtype)
         q, k = norm(apply_rotary_emb(q, *cos_sin)).to(v.dtype), norm(apply_rotary_emb(k, *cos_sin)).to(v.dtype)
-        if kv_cache is None:
+        if mask is not None:
+            y = flash_attn.masked_attn_func(q, k, v, mask)
+        elif kv_cache is None:
             y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window)
         else:
             k_cache, v_cache = kv_cache.get_layer_cache(self.layer_idx) # (B, T_max, Hkv, D)
@@ -152,9 +155,9 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer_idx, value_embed)
         self.mlp = MLP(config)
 
-    def forward(self, x, ve, cos_sin, window, kv_cache=None):
+    def forward(self, x, ve, cos_sin, window, kv_cache=None, mask=None):
         """(B, T, C) -> (B, T, C); the other arguments as in CausalSelfAttention."""
-        x = x + self.attn(norm(x), ve, cos_sin, window, kv_cache)
+        x = x + self.attn(norm(x), ve, cos_sin, window, kv_cache, mask)
         return x + self.mlp(norm(x))
 
 # -----------------------------------------------------------------------------
@@ -301,18 +304,22 @@ class GPT(nn.Module):
 
     # ---- forward ----
 
-    def _rotary_rows(self, T, kv_cache):
-        """cos and sin at the positions of the T new tokens: (1, T, 1, D/2), or (B, T, 1, D/2) for rows that differ."""
+    def _rotary_rows(self, T, kv_cache, starts=None):
+        """
+        cos and sin at the positions of the T new tokens: (1, T, 1, D/2), or (B, T, 1, D/2) for rows that differ, as
+        those of a cache or of documents that begin at `starts` (B, T) and count from there.
+        """
         positions = [0] if kv_cache is None else sorted(set(kv_cache.positions))
         if positions[-1] + T > self.cos.size(1):
             self.init_rotary(max(10 * self.config.sequence_len, 2 * (positions[-1] + T)))
-        if len(positions) == 1:
+        if starts is None and len(positions) == 1:
             rows = slice(positions[0], positions[0] + T)
             return self.cos[:, rows], self.sin[:, rows]
-        at = kv_cache.cache_seqlens.long()[:, None] + torch.arange(T, device=self.cos.device) # (B, T)
+        first = kv_cache.cache_seqlens.long()[:, None] if starts is None else -starts
+        at = first + torch.arange(T, device=self.cos.device) # (B, T)
         return self.cos[0, at], self.sin[0, at]
 
-    def _hidden(self, idx, kv_cache, block_fn):
+    def _hidden(self, idx, kv_cache, block_fn, bos_id=None):
         """(B, T) ids -> (B, T, C), normalised, before the head."""
         dtype = self.compute_dtype or self.transformer.wte.weight.dtype
         if kv_cache is not None:
@@ -320,31 +327,39 @@ class GPT(nn.Module):
             if max(kv_cache.positions) + idx.size(1) > kv_cache.max_seq_len: # on the host, before anything is written
                 raise RuntimeError(f"the KV cache holds {kv_cache.max_seq_len} positions per row, "
                                    f"{max(kv_cache.positions) + idx.size(1)} are needed")
-        cos_sin = self._rotary_rows(idx.size(1), kv_cache)
+        starts, masks = None, {} # masks are shared by the layers
+        if bos_id is not None: # (B, T): where in its row the document of a position begins
+            assert kv_cache is None, "packed rows are not cached"
+            starts = torch.where(idx == bos_id, torch.arange(idx.size(1), device=idx.device), 0).cummax(1).values
+            masks = {window: document_mask(starts, window, dtype) for window in set(self.window_sizes)}
+        cos_sin = self._rotary_rows(idx.size(1), kv_cache, starts)
         x = x0 = norm(self.transformer.wte(idx).to(dtype))
         for i, block in enumerate(self.transformer.h):
             if self.resid_lambdas is not None:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
-            x = block_fn(block, x, ve, cos_sin, self.window_sizes[i], kv_cache)
+            window = self.window_sizes[i]
+            x = block_fn(block, x, ve, cos_sin, window, kv_cache, masks.get(window))
         if kv_cache is not None:
             kv_cache.advance(idx.size(1))
         return norm(x)
 
-    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean"):
+    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", bos_id=None):
         """
         idx             (B, T) integer ids
         targets         (B, T) int64, -1 = ignored; or None
         kv_cache        the T new tokens are appended to it (see engine.KVCache)
         loss_reduction  "mean" over the targets that count, "sum", or "none"
+        bos_id          rows are packed documents, each beginning with this id, and each is computed as if it stood
+                        alone; None: attention and positions run through the row
         Returns fp32 logits (B, T, V) without targets; else the loss in nats: a scalar, or (B*T,) for "none".
         """
         if loss_reduction not in ("mean", "sum", "none"):
             raise ValueError(f"loss_reduction must be mean, sum or none, got {loss_reduction!r}")
         head = self.lm_head.weight[:self.config.vocab_size] # padding rows never take part
         if targets is None:
-            return self._logits(self._hidden(idx, kv_cache, Block.forward))
-        x = self._hidden(idx, kv_cache, self.block_fn)
+            return self._logits(self._hidden(idx, kv_cache, Block.forward, bos_id))
+        x = self._hidden(idx, kv_cache, self.block_fn, bos_id)
         x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
         if loss_reduction == "none" or not torch.is_grad_enabled():
             losses_fn = self.losses_fn

@@ -15,11 +15,11 @@ from nanochat.common import is_ddp_initialized
 
 
 @torch.no_grad() # not inference mode: what the model caches here must still serve training
-def evaluate_bpb(model, batches, steps, token_bytes):
+def evaluate_bpb(model, batches, steps, token_bytes, **forward_args):
     """
     Evaluate `steps` batches; with several ranks each brings its own, and the totals are summed.
 
-    model        model(x, y, loss_reduction="none") gives B*T losses in nats, any shape; model.get_device()
+    model        model(x, y, loss_reduction="none", **forward_args): B*T losses in nats, any shape; get_device()
     batches      iterable of (x, y, ...), each (B, T); y = -1 is ignored
     token_bytes  (V,) integers: raw bytes of each token, 0 = not counted
     Returns bits per byte, infinity when no target has bytes. Raises ValueError for steps < 1, for too few batches, and
@@ -38,7 +38,7 @@ def evaluate_bpb(model, batches, steps, token_bytes):
     num_batches = 0
     for x, y, *_ in itertools.islice(batches, steps):
         num_batches += 1
-        losses, targets = model(x, y, loss_reduction="none").reshape(-1), y.reshape(-1)
+        losses, targets = model(x, y, loss_reduction="none", **forward_args).reshape(-1), y.reshape(-1)
         if targets.max() >= len(token_bytes):
             raise ValueError(f"target {targets.max()} is not among the {len(token_bytes)} tokens of token_bytes: "
                              "is it another tokenizer's?")

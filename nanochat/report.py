@@ -237,6 +237,10 @@ def plot_scores(scores, label, path):
 # -----------------------------------------------------------------------------
 # The report
 
+def _slug(section):
+    return section.lower().replace(" ", "-")
+
+
 class Report:
     """The sections of the run in progress, in one folder."""
 
@@ -254,7 +258,7 @@ class Report:
 
     def log(self, section, data):
         """Write (again) a section from a list of str and dicts; returns the path of its markdown."""
-        slug, timestamp = section.lower().replace(" ", "-"), datetime.datetime.now().strftime(TIME_FORMAT)
+        slug, timestamp = _slug(section), datetime.datetime.now().strftime(TIME_FORMAT)
         with atomic_write(self._path(f"{slug}.md")) as file:
             file.write(render_section(section, timestamp, data))
         write_json(self._path(f"{slug}.json"), {"section": section, "timestamp": timestamp,
@@ -347,6 +351,12 @@ def get_report():
     """The report of this base directory on rank 0, a DummyReport elsewhere."""
     rank = get_dist_info()[1]
     return Report(os.path.join(get_base_dir(), "report")) if rank == 0 else DummyReport()
+
+
+def is_reported(section, compute):
+    """Is the section in the report of this base directory? The same answer on all ranks."""
+    path = os.path.join(get_base_dir(), "report", f"{_slug(section)}.json")
+    return compute.all_reduce(int(os.path.exists(path)), op="max")[0] > 0
 
 
 def main(argv=None):

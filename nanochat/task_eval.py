@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from nanochat.common import is_ddp_initialized
+from nanochat.common import is_ddp_initialized, print0
 
 SECONDS_BETWEEN_LINES = 30 # of progress in a log; a terminal sees every step
 
@@ -22,12 +22,14 @@ class Score(NamedTuple):
     """
     How many problems were solved, each by any of its samples; pass_at_1 = share of all samples that were right.
 
-    groups = {domain or subject: (passed, total)} where the conversations name one.
+    groups = {domain or subject: (passed, total)} where the conversations name one; too_long = prompts that exceed the
+    context the model was trained on. They are run whole.
     """
     passed: int
     total: int
     groups: dict
     pass_at_1: float
+    too_long: int = 0
 
     @property
     def accuracy(self):
@@ -57,15 +59,14 @@ def evaluate_generative(task, tokenizer, engine, num_samples=1, max_new_tokens=5
     seed            problem i draws from seed + i, whatever rank or batch it is in
     label           name for progress on the console, None = silent
     """
-    def judge(indices, conversations):
-        prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
+    def judge(indices, conversations, prompts):
         answers = engine.generate_many(prompts, num_samples=num_samples, max_tokens=max_new_tokens,
                                        temperature=temperature, top_k=top_k, seed=[seed + i for i in indices],
                                        batch_size=batch_size)
         return [sum(bool(task.evaluate(conversation, tokenizer.decode(ids))) for ids, _ in samples) / num_samples
                 for conversation, samples in zip(conversations, answers, strict=True)]
 
-    return _score(task, judge, 4 * batch_size, max_problems, engine.model.get_device(), label)
+    return _score(task, tokenizer, engine.model, judge, 4 * batch_size, max_problems, label)
 
 
 def evaluate_categorical(task, tokenizer, model, max_problems=None, batch_size=8, label=None):
@@ -89,8 +90,7 @@ def evaluate_categorical(task, tokenizer, model, max_problems=None, batch_size=8
         letters = conversation["letters"]
         return letters[logits[[letter_id(letter) for letter in letters]].argmax().item()]
 
-    def judge(indices, conversations):
-        prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
+    def judge(indices, conversations, prompts):
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         is_right = [False] * len(prompts)
         for start in range(0, len(prompts), batch_size):
@@ -100,7 +100,7 @@ def evaluate_categorical(task, tokenizer, model, max_problems=None, batch_size=8
                 is_right[i] = bool(task.evaluate(conversations[i], choose(conversations[i], logits)))
         return is_right
 
-    return _score(task, judge, 32 * batch_size, max_problems, model.get_device(), label)
+    return _score(task, tokenizer, model, judge, 32 * batch_size, max_problems, label)
 
 
 @torch.no_grad() # not inference mode: what the model caches here must still serve training
@@ -112,8 +112,8 @@ def _last_logits(model, prompts, pad_id):
     return model.logits_at(ids, last) if hasattr(model, "logits_at") else model(ids).flatten(0, 1)[last]
 
 
-def _score(task, judge, window, max_problems, device, label):
-    """Judge this rank's problems, `window` at a time, and sum over ranks. judge(indices, conversations) -> shares."""
+def _score(task, tokenizer, model, judge, window, max_problems, label):
+    """Judge this rank's problems, `window` at a time, by judge(indices, conversations, prompts); sum over ranks."""
     if max_problems is not None and max_problems < 1:
         raise ValueError(f"max_problems must be at least 1, got {max_problems}")
     num_problems = len(task) if max_problems is None else min(max_problems, len(task))
@@ -121,19 +121,27 @@ def _score(task, judge, window, max_problems, device, label):
         raise ValueError(f"{type(task).__name__} has no problems to evaluate")
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp_initialized() else (0, 1)
     mine = range(rank, num_problems, world_size)
-    verdicts = torch.zeros(num_problems, device=device)
+    context_len = getattr(getattr(model, "config", None), "sequence_len", math.inf)
+    verdicts = torch.zeros(num_problems, 2, device=model.get_device()) # share of right samples, is the prompt too long
     progress = _Progress(label if rank == 0 else None, len(mine))
     for start in range(0, len(mine), window):
         indices = mine[start:start + window]
-        results = judge(indices, [task[i] for i in indices])
-        verdicts[list(indices)] = torch.tensor(results, dtype=torch.float32, device=device)
+        conversations = [task[i] for i in indices]
+        prompts = [tokenizer.render_for_completion(conversation, sys.maxsize) for conversation in conversations]
+        results = judge(indices, conversations, prompts)
+        pairs = [(result, len(prompt) > context_len) for result, prompt in zip(results, prompts, strict=True)]
+        verdicts[list(indices)] = torch.tensor(pairs, dtype=torch.float32, device=verdicts.device)
         progress.add(sum(result > 0 for result in results), len(results))
     if is_ddp_initialized():
         dist.all_reduce(verdicts)
-    return _tally(task, verdicts.tolist())
+    too_long = round(verdicts[:, 1].sum().item())
+    if too_long:
+        print0(f"{label or type(task).__name__}: {too_long} of {num_problems} prompts exceed the model's context of "
+               f"{context_len} tokens, they are run whole")
+    return _tally(task, verdicts[:, 0].tolist(), too_long)
 
 
-def _tally(task, verdicts):
+def _tally(task, verdicts, too_long):
     groups, solved = {}, [verdict > 0 for verdict in verdicts]
     for i, is_right in enumerate(solved):
         conversation = task[i]
@@ -141,7 +149,7 @@ def _tally(task, verdicts):
         if name is not None:
             passed, total = groups.get(name, (0, 0))
             groups[name] = (passed + is_right, total + 1)
-    return Score(sum(solved), len(solved), dict(sorted(groups.items())), sum(verdicts) / len(verdicts))
+    return Score(sum(solved), len(solved), dict(sorted(groups.items())), sum(verdicts) / len(verdicts), too_long)
 
 
 class _Progress:

@@ -102,18 +102,19 @@ def set_schedule(optimizer, lr, momentum=None, weight_decay=None):
 # -----------------------------------------------------------------------------
 # One step
 
-def accumulate(model, micro_batches, num_targets, compute):
+def accumulate(model, micro_batches, num_targets, compute, bos_id=None):
     """
     Forward and backward over the micro-batches of one optimizer step; returns the global mean loss as a float.
 
     micro_batches  iterable of (inputs, targets), each (B, T); targets -1 are ignored
     num_targets    supervised tokens of the whole step, over all micro-batches and ranks (at least 1)
+    bos_id         the id that begins each document of packed rows, see GPT.forward
     The gradient of every rank is scaled so that their mean, which the optimizer takes, is that of the global mean loss:
     the same step for any micro-batch size and any number of ranks.
     """
     total = 0.0
     for inputs, targets in micro_batches:
-        loss = model(inputs, targets, loss_reduction="sum") * (compute.ddp_world_size / num_targets)
+        loss = model(inputs, targets, loss_reduction="sum", bos_id=bos_id) * (compute.ddp_world_size / num_targets)
         loss.backward()
         total = total + loss.detach()
     (total,) = compute.all_reduce(float(total)) # waits for the device

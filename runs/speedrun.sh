@@ -21,19 +21,12 @@ train=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m)
 device_batch_size="${DEVICE_BATCH_SIZE:-32}"
 chat=(--run="$WANDB_RUN" --model-tag="$TAG" --resume --save-every=200)
 
-fetch_identity() { # who the model says it is: 1,000 synthetic conversations; put your own in their place to change that
-    local file="$NANOCHAT_BASE_DIR/identity_conversations.jsonl"
-    [[ -e "$file" ]] && return
-    curl --fail --location --silent --show-error --output "$file.new" \
-        https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl && mv "$file.new" "$file"
-}
-
 stage report-reset python -m nanochat.report reset
 
 # The tokenizer reads 2e9 characters, 8 shards of 250M. Pretraining of d20 needs 8.7B tokens (ratio 20) x 4.8 characters, 167
 # shards; packing drops about 35 % of the text, hence 257, and some to spare. They come while the tokenizer is trained.
+# --prepare also fetches the conversations about who the model is, 1,000 synthetic ones: put your own in their place first.
 stage data-first python -m nanochat.dataset -n "${FIRST_SHARDS:-8}" --prepare
-stage identity fetch_identity
 python -m nanochat.dataset -n "${SHARDS:-280}" &
 download=$!
 trap 'kill "$download" 2>/dev/null || true' EXIT

@@ -30,7 +30,7 @@ from nanochat.engine import Engine
 from nanochat.flash_attention import describe_backend
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.report import get_report
+from nanochat.report import get_report, is_reported
 from nanochat.tokenizer import get_tokenizer, token_bytes_of
 from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, check_loss, check_weights,
                                compile_model, grad_accum_steps, is_due, lr_multiplier, muon_momentum, number_problems,
@@ -399,7 +399,7 @@ def main(argv=None):
     lanes = (state or {}).get("num_lanes") or max(args.lanes, compute.ddp_world_size)
     batches = pretraining_loader(tokenizer, args.device_batch_size, args.max_seq_len, "train", device=compute.device,
                                  resume_state_dict=state, num_lanes=lanes)
-    if resume_step == num_steps and meta["val_bpb"] is not None:
+    if resume_step == num_steps and meta["val_bpb"] is not None and is_reported("Base model training", compute):
         print0(f"Nothing to do: {folder} is complete at step {num_steps}")
         return
     accum_steps = grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len,

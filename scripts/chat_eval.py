@@ -48,6 +48,8 @@ def check_args(args):
                 if getattr(args, name) is not None and getattr(args, name) < 1]
     if not args.temperature >= 0: # nan is not either
         problems.append(f"--temperature must be at least 0, got {args.temperature}")
+    if args.num_samples > 1 and args.temperature == 0:
+        problems.append(f"--num-samples {args.num_samples} needs a --temperature above 0: greedy answers are all alike")
     unknown = [name for name in args.task_name.split("|") if name not in EVALS]
     if args.task_name != "all" and unknown:
         problems.append(f"--task-name must be all or names joined by | of {', '.join(EVALS)}, got {', '.join(unknown)}")
@@ -133,7 +135,8 @@ def write_results(args, meta, scores, metrics):
     tasks = {}
     for name, score in scores.items():
         groups = {group: entry(*counts) for group, counts in score.groups.items()}
-        tasks[name] = entry(score.passed, score.total) | {"pass_at_1": score.pass_at_1, "groups": groups}
+        tasks[name] = entry(score.passed, score.total) | {"groups": groups, "pass_at_1": score.pass_at_1,
+                                                          "too_long": score.too_long}
     write_json(path, {"dataset": dataset_label() or "real", "args": vars(args), "model_tag": meta["model_tag"],
                       "step": meta["step"], "tasks": tasks, "metrics": metrics})
     return path
@@ -159,6 +162,8 @@ def main(argv=None):
     if compute.is_master:
         print0(f"Results written to {write_results(args, meta, scores, metrics)}")
     details = {f"{name} solved": describe(score.passed, score.total) for name, score in scores.items()}
+    details |= {f"{name} prompts longer than the context": score.too_long
+                for name, score in scores.items() if score.too_long}
     groups = {f"{name}: {group}": describe(*counts)
               for name, score in scores.items() for group, counts in score.groups.items()}
     get_report().log(f"Chat evaluation {args.source}", [vars(args), metrics, details, groups])

@@ -25,6 +25,7 @@ import argparse
 import functools
 import math
 import random
+import sys
 import time
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ def roll_out(run, task, indices, num_samples, seed):
     """[Group of each question]. What an answer draws depends on `seed`, its question and its number alone."""
     engine, args = Engine(run.model, run.tokenizer), run.args
     conversations = [task[i] for i in indices]
-    prompts = [run.tokenizer.render_for_completion(conversation) for conversation in conversations]
+    prompts = [run.tokenizer.render_for_completion(conversation, sys.maxsize) for conversation in conversations]
     answers = engine.generate_many(prompts, num_samples, args.max_new_tokens, args.temperature, args.top_k,
                                    [derive_seed(seed, i) for i in indices], 4 * args.device_batch_size, keep_end=True)
 
@@ -164,11 +165,13 @@ def statistics_of(run, groups, loss, surprise, num_tokens):
         len(groups), len(samples), sum(reward for reward, _, _ in samples),
         sum(group.rewards[0] > 0 for group in groups), sum(max(group.rewards) > 0 for group in groups),
         sum(group.is_even for group in groups), sum(len(ids) for _, ids, _ in samples),
-        sum(not ids or ids[-1] not in ends for _, ids, _ in samples), loss, surprise, num_tokens)
-    questions, answers, reward, first, solved, even, length, cut, loss, surprise, num_tokens = sums
+        sum(not ids or ids[-1] not in ends for _, ids, _ in samples),
+        sum(len(group.prompt) > run.model.config.sequence_len for group in groups), loss, surprise, num_tokens)
+    questions, answers, reward, first, solved, even, length, cut, too_long, loss, surprise, num_tokens = sums
     return {"reward": reward / answers, "pass@1": first / questions, f"pass@{run.args.num_samples}": solved / questions,
             "no_variance": even / questions, "entropy": surprise / num_tokens if num_tokens else math.nan,
-            "length": length / answers, "truncated": cut / answers, "loss": loss / run.compute.ddp_world_size}
+            "length": length / answers, "truncated": cut / answers, "long_prompts": too_long / questions,
+            "loss": loss / run.compute.ddp_world_size}
 
 
 def pass_at_k(run, task):
@@ -221,7 +224,8 @@ def train(run, train_task, val_task, num_steps):
                 run.update(multiplier)
             seconds = time.time() - start
 
-            run.loop.update(reward=statistics["reward"], total_time=run.loop["total_time"] + seconds)
+            run.loop.update(reward=statistics["reward"], total_time=run.loop["total_time"] + seconds,
+                            long_prompts=run.loop["long_prompts"] + statistics["long_prompts"] / num_steps)
             print0(f"step {step:05d}/{num_steps:05d} | " + " | ".join(f"{k}: {v:.4f}" for k, v in statistics.items())
                    + f" | lrm: {multiplier:.2f} | dt: {seconds:.2f}s ({sampled - start:.2f}s sampling)", flush=True)
             run.log.log(step, **{f"train/{name}": value for name, value in statistics.items()},
@@ -233,6 +237,7 @@ def outcome_of(run, num_steps, metrics):
     mark = f" ({dataset_label()})" if dataset_label() else ""
     return {"Task": run.args.task + mark, "Number of iterations": num_steps,
             "Mean reward of the last step": run.loop["reward"],
+            "Prompts longer than the context %": 100 * run.loop["long_prompts"],
             **{f"{name} before": value for name, value in run.loop["first_metrics"].items()},
             **{f"{name} after": value for name, value in metrics.items()}}
 
@@ -247,7 +252,7 @@ def main(argv=None):
         raise ValueError(f"--examples-per-step must be a multiple of the {compute.ddp_world_size} ranks, "
                          f"got {args.examples_per_step}")
     run = Run(args, compute, "rl", SOURCES, FIXED, tuple(f"pass@{k}" for k in range(1, args.eval_samples + 1)),
-              first_metrics={}, reward=None)
+              first_metrics={}, reward=None, long_prompts=0.0)
     make = REWARDED[args.task]
     val_task, train_task = make(stop=args.eval_examples), make(start=args.eval_examples)
     num_steps = len(train_task) // args.examples_per_step * args.num_epochs
@@ -261,7 +266,7 @@ def main(argv=None):
         print0(f"{num_steps:,} steps of {args.examples_per_step} questions x {args.num_samples} answers, "
                f"{len(val_task)} questions for evaluation")
         metrics = train(run, train_task, val_task, num_steps)
-        run.report("Chat RL", outcome_of(run, num_steps, metrics))
+        run.report(outcome_of(run, num_steps, metrics))
     run.wandb.finish()
     compute_cleanup()
 

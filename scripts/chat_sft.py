@@ -4,9 +4,9 @@ Supervised finetuning: teach a base or midtrained model to answer as the assista
     python -m scripts.chat_sft --source base
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --source mid --model-tag d20
 
-Whole conversations are packed into rows (where attention reaches back over those before), and only what the assistant
-says is trained on. A step's loss is the mean over
-its supervised tokens, whatever the micro-batch size and the number of ranks: long answers weigh more than short ones.
+Whole conversations are packed into rows, where each is computed as if it stood alone, and only what the assistant says
+is trained on. A step's loss is the mean over its supervised tokens, whatever the micro-batch size and the number of
+ranks: long answers weigh more than short ones.
 
 Reads:  a checkpoint, hub/ (or the hub), identity_conversations.jsonl, words_alpha.txt.
 Writes: chatsft_checkpoints/<tag of the source>/ (with metrics.jsonl) and the report's section.
@@ -100,11 +100,11 @@ def count_steps(args, num_conversations):
 @torch.no_grad()
 def validation_loss(run, task):
     """Mean loss in nats per supervised token over the conversations of --eval-steps steps, at most one pass."""
-    per_step = run.args.target_examples_per_step
-    steps = min(run.args.eval_steps, -(-len(task) // per_step))
+    steps = run.conversation_steps(task, conversations_per_step=run.args.target_examples_per_step, one_pass=True)
     total = num_targets = 0
-    for rows, _ in itertools.islice(run.conversation_steps(task, conversations_per_step=per_step), steps):
-        total += sum(float(run.model(x, y, loss_reduction="sum")) for x, y in run.micro_batches(rows))
+    for rows, _ in itertools.islice(steps, run.args.eval_steps):
+        total += sum(float(run.model(x, y, loss_reduction="sum", bos_id=run.bos_id))
+                     for x, y in run.micro_batches(rows))
         num_targets += int((rows[1] != -1).sum())
     total, num_targets = run.compute.all_reduce(total, num_targets)
     return total / max(1, num_targets)
@@ -147,18 +147,13 @@ def train(run, train_task, val_task, metric_tasks, num_steps):
             run.wandb.log({"step": step, "train_loss": loss, "lrm": multiplier, "num_tokens": num_tokens})
 
 
-def outcome_of(run, num_rows, num_steps, metrics):
-    return {"Training rows": num_rows, "Number of iterations": num_steps, "Training loss": run.loop["train_loss"],
-            "Validation loss": metrics.get("val_loss"), **packing_report(run.data_state["counters"])}
-
-
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     if problems := check_args(args):
         parser.error("; ".join(problems))
     compute = compute_init(args.device_type, args.seed)
-    run = Run(args, compute, "sft", SOURCES, ("num_epochs", "target_examples_per_step"),
+    run = Run(args, compute, "sft", SOURCES, ("num_epochs", "target_examples_per_step", "identity_hash"),
               ("val_loss", "mmlu_acc", "arc_easy_acc"), train_loss=None)
     tasks = build_mixture(args), SmolTalk("test"), build_metric_tasks(args)
     num_steps = count_steps(args, len(tasks[0]))
@@ -168,7 +163,9 @@ def main(argv=None):
         print0(f"{num_steps:,} steps of {args.target_examples_per_step} conversations, {run.seq_len} tokens a row")
         run.compile()
         metrics = train(run, *tasks, num_steps)
-        run.report("Chat SFT", outcome_of(run, len(tasks[0]), num_steps, metrics))
+        run.report({"Training rows": len(tasks[0]), "Number of iterations": num_steps, "Training loss":
+                    run.loop["train_loss"], "Validation loss": metrics.get("val_loss", "not evaluated"),
+                    **packing_report(run.data_state["counters"])})
     run.wandb.finish()
     compute_cleanup()
 

@@ -5,7 +5,7 @@ Midtraining: a base model learns the form of conversations, to use a tool, to ch
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train -- --model-tag d20
 
 Like pretraining on conversations: every token is learned, the user's too. Whole conversations are packed into rows,
---total-batch-size / --max-seq-len of them a step.
+--total-batch-size / --max-seq-len of them a step, where each is computed as if it stood alone.
 
 Reads:  a base checkpoint, hub/ (or the hub), identity_conversations.jsonl, words_alpha.txt.
 Writes: mid_checkpoints/<tag of the source>/ (with metrics.jsonl) and the report's section.
@@ -66,8 +66,7 @@ def build_mixture(args):
         smoltalk,
         MMLU("auxiliary_train", "train"),
         GSM8K("main", "train", start=NUM_VALIDATION),
-        CustomJSON(identity, allow_missing=args.allow_missing_identity),
-        CustomJSON(identity, allow_missing=args.allow_missing_identity), # twice: two passes
+        *[CustomJSON(identity, allow_missing=args.allow_missing_identity)] * 2, # two passes
         SimpleSpelling(size=max(1, round(200_000 * scale)), split="train"),
         SpellingBee(size=max(1, round(counted * scale)), split="train"),
         *([TinyWorld(split="train")] if dataset_label() else []),
@@ -81,16 +80,15 @@ def build_validation():
 
 
 def validation_bpb(run, task):
-    """Bits per byte over --eval-tokens tokens of conversations, at most about one pass; on any ranks the same."""
+    """Bits per byte over --eval-tokens tokens of conversations, at most one pass; on any ranks the same."""
     batches = []
-    for rows, state in run.conversation_steps(task, conversations_per_step=256, learn_all=True):
+    for rows, state in run.conversation_steps(task, conversations_per_step=256, learn_all=True, one_pass=True):
         batches += run.micro_batches(rows)
-        counters = state["counters"]
-        if counters["tokens"] >= run.args.eval_tokens or counters["conversations"] >= len(task):
+        if state["counters"]["tokens"] >= run.args.eval_tokens:
             break
     if not batches: # this rank has no row, but must take part in the sum
         batches = [tuple(torch.full((1, run.seq_len), value, device=run.compute.device) for value in (0, -1))]
-    return evaluate_bpb(run.model, batches, len(batches), token_bytes_of(run.tokenizer))
+    return evaluate_bpb(run.model, batches, len(batches), token_bytes_of(run.tokenizer), bos_id=run.bos_id)
 
 
 def evaluate(run, val_task, step, last_step):
@@ -149,7 +147,8 @@ def main(argv=None):
     if problems := check_args(args):
         parser.error("; ".join(problems))
     compute = compute_init(args.device_type, args.seed)
-    run = Run(args, compute, "mid", SOURCES, ("total_batch_size",), ("val_bpb",), loss_meter={}, min_val_bpb=None)
+    run = Run(args, compute, "mid", SOURCES, ("total_batch_size", "identity_hash"), ("val_bpb",), loss_meter={},
+              min_val_bpb=None)
     grad_accum_steps(args.total_batch_size, args.device_batch_size, run.seq_len, compute.ddp_world_size) # or an error
     before = run.parent.get("user_config", {}).get("device_batch_size", args.device_batch_size)
     if args.device_batch_size > before:
@@ -161,9 +160,9 @@ def main(argv=None):
     else:
         run.compile()
         num_steps = train(run, train_task, val_task)
-        run.report("Midtraining", {"Number of iterations": num_steps,
-                                   "Minimum validation bpb": run.loop["min_val_bpb"],
-                                   **packing_report(run.data_state["counters"])})
+        run.report({"Number of iterations": num_steps,
+                    "Minimum validation bpb": run.loop["min_val_bpb"] or "not evaluated",
+                    **packing_report(run.data_state["counters"])})
     run.wandb.finish()
     compute_cleanup()
 

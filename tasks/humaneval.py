@@ -15,6 +15,8 @@ from tasks.common import Task, load_rows
 # The first fenced block. The fence may stay open or close on a line of code; only Python's tag may stand before code.
 FENCE = re.compile(r"```(?:[\w+-]*[ \t\r]*\n|py(?:thon)?3?[ \t]+)?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
+FUTURE = re.compile(r"^from __future__ import [^\n(]*(?:\([^)]*\))?.*\n?", re.MULTILINE)
+
 
 class HumanEval(Task):
     eval_type = "generative"
@@ -43,14 +45,16 @@ def build_program(conversation, completion):
     What the completion needs of the prompt, the completion's code, the tests and a call of them.
 
     A completion that defines the function needs the prompt's imports and those of its other definitions that it does
-    not repeat. One that does not define it goes on where the prompt ends, so it keeps its indentation.
+    not repeat. One that does not define it goes on where the prompt ends, so it keeps its indentation. Imports from
+    __future__ come first, as Python demands.
     """
     prompt, entry_point = conversation["messages"][0]["content"], conversation["entry_point"]
     block = FENCE.search(completion)
     code = block[1] if block else completion
     if entry_point in (defined := {name for _, names in _statements(code) for name in names}):
         prompt = "\n".join(text for text, names in _statements(prompt) if not names & defined)
-    return f"{prompt}\n{code}\n\n{conversation['test']}\ncheck({entry_point})\n"
+    program = f"{prompt}\n{code}\n\n{conversation['test']}\ncheck({entry_point})\n"
+    return "".join(FUTURE.findall(program)) + FUTURE.sub("", program)
 
 
 def _statements(code):

@@ -64,6 +64,6 @@ def available_evals():
 # What reinforcement learning can be about: name -> make(start=..., stop=...), of training splits, with rewards
 REWARDED = {
     "GSM8K": partial(GSM8K, "main", "train"),
-    "SpellingBee": partial(SpellingBee, size=8000, split="train"),
+    "SpellingBee": partial(SpellingBee, size=8000, split="practice"),
     "TinyWorld-Arithmetic": partial(TinyWorld, split="practice"),
 }

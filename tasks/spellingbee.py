@@ -11,13 +11,11 @@ import functools
 import random
 import zlib
 
-from nanochat.common import download_file_with_lock, run_main
+from nanochat.common import WORD_LIST_URL, download_file_with_lock, run_main
 from tasks.common import Task, is_right_answer, one_of
 
-# A commit of the repository, not its moving branch: the same words for everybody.
-WORD_LIST_URL = ("https://raw.githubusercontent.com/dwyl/english-words/20f5cc9b3f0ccc8ce45d814c532b7c2031bba31c/"
-                 "words_alpha.txt")
-TEST_SEEDS = 10_000_000 # seeds of test examples start here, above any number of training examples
+# Where the seeds of a split's examples start; "practice" is for reinforcement learning: training words, asked anew
+FIRST_SEED = {"train": 0, "practice": 5_000_000, "test": 10_000_000}
 TEST_WORDS_OF_100 = 10  # share of the words kept for testing
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
@@ -117,7 +115,7 @@ class _SpellingTask(Task):
     """
     `size` examples made on demand, each from a seed of its own.
 
-    split  "train" or "test": other seeds and other words
+    split  "train", "practice" or "test": other seeds, and for "test" other words
     words  a sequence of words to use instead of the list in the base directory
     """
     eval_type = "generative"
@@ -125,7 +123,7 @@ class _SpellingTask(Task):
     def __init__(self, size=1000, split="train", words=None, **slice_kwargs):
         super().__init__(**slice_kwargs)
         self.size, self.split = size, split
-        self.words = words_of_split(split, words)
+        self.words = words_of_split("train" if split == "practice" else split, words)
 
     @property
     def name(self):
@@ -136,7 +134,7 @@ class _SpellingTask(Task):
 
     def rng(self, index):
         """The generator that example `index` is drawn from."""
-        return random.Random(index + (TEST_SEEDS if self.split == "test" else 0))
+        return random.Random(index + FIRST_SEED[self.split])
 
 
 class SimpleSpelling(_SpellingTask):

@@ -129,6 +129,11 @@ def test_resume_of_nothing_starts_and_of_a_complete_run_does_nothing(base_dir, c
     train("--model-tag=again", "--num-iterations=2", "--resume")
     assert "Nothing to do" in capsys.readouterr().out
     assert os.stat(os.path.join(folder(base_dir, "again"), "model_000002.pt")).st_mtime_ns == before
+    section = os.path.join(base_dir, "report", "base-model-training.json")
+    os.unlink(section) # as if killed just before it was written
+    train("--model-tag=again", "--num-iterations=2", "--resume")
+    assert "Nothing to do" not in capsys.readouterr().out and os.path.exists(section)
+    assert os.stat(os.path.join(folder(base_dir, "again"), "model_000002.pt")).st_mtime_ns == before
 
 
 def test_an_earlier_run_is_not_overwritten_unasked_and_other_mathematics_are_refused(base_dir):

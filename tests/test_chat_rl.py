@@ -133,6 +133,9 @@ def test_the_end_of_a_turn_is_sampled_text_and_a_cut_off_answer_has_none(tokeniz
             assert reward == float("e" in tokenizer.decode([i for i in ids if i not in terminal]))
     statistics = chat_rl.statistics_of(run, groups, 0.0, 6.0, 3)
     assert statistics["truncated"] == pytest.approx(len(cut) / 80) and statistics["entropy"] == 2.0
+    assert statistics["long_prompts"] == 0
+    run.model.config.sequence_len = min(len(group.prompt) for group in groups) # which one of two different ones exceeds
+    assert chat_rl.statistics_of(run, groups, 0.0, 6.0, 3)["long_prompts"] == 0.5
     assert statistics["length"] == sum(len(ids) for group in groups for ids, _ in group.samples) / 80
 
 
@@ -177,7 +180,8 @@ def test_the_reward_rises_and_is_reported(tokenizer, base_dir, capsys):
             "train/truncated"} <= set(lines[0])
     meta = read_json(os.path.join(folder, "meta_000015.json"))
     assert meta["pass@2"] >= meta["pass@1"] > 0 and meta["lineage"]["parent"]["source"] == "sft"
-    assert "pass@1 before" in (base_dir / "report" / "chat-rl.md").read_text()
+    page = (base_dir / "report" / "chat-rl.md").read_text()
+    assert "pass@1 before" in page and "Prompts longer than the context %: 0.0000" in page
     assert complete_steps(folder) == [15] and "questions for evaluation" in capsys.readouterr().out
 
 

@@ -53,20 +53,43 @@ def train(run):
 # -----------------------------------------------------------------------------
 # What a step computes
 
-def naive_mean_loss(model, inputs, targets):
-    """Full logits, log softmax, the mean over the targets that count: the definition."""
-    log_probs = torch.log_softmax(model(inputs), dim=-1)
-    rows, columns = torch.nonzero(targets != -1, as_tuple=True)
-    return -log_probs[rows, columns, targets[rows, columns]].mean()
+def naive_mean_loss(run, inputs, targets):
+    """Every conversation of the rows alone, full logits, log softmax, the mean over the targets that count."""
+    losses = []
+    for row, row_targets in zip(inputs, targets):
+        borders = [*(row == run.bos_id).nonzero()[:, 0].tolist(), len(row)]
+        for start, end in zip(borders, borders[1:]):
+            log_probs = torch.log_softmax(run.model(row[None, start:end])[0], dim=-1)
+            losses += [-log_probs[t, token] for t, token in enumerate(row_targets[start:end].tolist()) if token != -1]
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("learn_all", [False, True])
+@pytest.mark.parametrize("seq_len", [50, 64, 150]) # the model's window is 64
+def test_a_packed_step_is_the_sum_over_conversations_alone(tokenizer, learn_all, seq_len):
+    run = tiny_run(tokenizer, "--device-batch-size", "3", "--max-seq-len", str(seq_len), dtype=torch.float64)
+    rows, state = next(run.conversation_steps(Chat(), conversations_per_step=24, learn_all=learn_all))
+    assert state["counters"]["split"] == state["counters"]["dropped"] == 0 and len(rows[0]) < 24
+    expected, count = 0.0, 0
+    for ids, mask in map(tokenizer.render_conversation, Chat()):
+        log_probs = torch.log_softmax(run.model(torch.tensor([ids[:-1]]))[0], dim=-1)
+        for t, token in enumerate(ids[1:]):
+            if learn_all or mask[t + 1]:
+                expected, count = expected - log_probs[t, token], count + 1
+    gradients = torch.autograd.grad(expected / count, list(run.model.parameters()))
+    loss = accumulate(run.model, run.micro_batches(rows), count, CPU, run.bos_id)
+    assert (rows[1] != -1).sum() == count and loss == pytest.approx(expected.item() / count, rel=1e-9)
+    for p, grad in zip(run.model.parameters(), gradients, strict=True):
+        assert (p.grad - grad).norm() <= 1e-9 * grad.norm()
 
 
 def test_the_gradient_is_that_of_the_mean_over_supervised_tokens(tokenizer):
     run = tiny_run(tokenizer, "--device-batch-size", "2", dtype=torch.float64)
     (inputs, targets), _ = next(rows_of(run))
     assert len(inputs) > 2, "several micro-batches, the last one smaller"
-    expected_loss = naive_mean_loss(run.model, inputs, targets)
+    expected_loss = naive_mean_loss(run, inputs, targets)
     expected = torch.autograd.grad(expected_loss, list(run.model.parameters()))
-    loss = accumulate(run.model, run.micro_batches((inputs, targets)), int((targets != -1).sum()), CPU)
+    loss = accumulate(run.model, run.micro_batches((inputs, targets)), int((targets != -1).sum()), CPU, run.bos_id)
     assert loss == pytest.approx(expected_loss.item(), rel=1e-12)
     for p, grad in zip(run.model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-12)
@@ -116,13 +139,13 @@ def test_two_ranks_together_take_the_step_of_one(tokenizer):
     alone = tiny_run(tokenizer, dtype=torch.float64)
     rows, state = next(rows_of(alone))
     num_targets = int((rows[1] != -1).sum())
-    loss = accumulate(alone.model, alone.micro_batches(rows), num_targets, CPU)
+    loss = accumulate(alone.model, alone.micro_batches(rows), num_targets, CPU, alone.bos_id)
     grads, losses = [torch.zeros_like(p) for p in alone.model.parameters()], 0.0
     for rank in (0, 1):
         run = tiny_run(tokenizer, dtype=torch.float64, compute=OneOfTwo(False, rank, rank, 2, torch.device("cpu")))
         own, own_state = next(rows_of(run))
         assert own_state == state, "the state is the same on all ranks"
-        losses += accumulate(run.model, run.micro_batches(own), num_targets, run.compute)
+        losses += accumulate(run.model, run.micro_batches(own), num_targets, run.compute, run.bos_id)
         for grad, p in zip(grads, run.model.parameters(), strict=True):
             grad += p.grad / 2 # the optimizer takes the mean
     assert losses == pytest.approx(loss, rel=1e-12)
@@ -131,12 +154,12 @@ def test_two_ranks_together_take_the_step_of_one(tokenizer):
 
 
 def test_the_validation_loss_is_per_token_over_at_most_one_pass(tokenizer):
-    run = tiny_run(tokenizer, "--eval-steps", "1000", "--device-batch-size", "3", dtype=torch.float64)
-    steps, total, count = rows_of(run), 0.0, 0
-    for _ in range(3): # 24 conversations, 8 a step
-        (inputs, targets), _ = next(steps)
-        total += naive_mean_loss(run.model, inputs, targets).item() * int((targets != -1).sum())
-        count += int((targets != -1).sum())
+    run = tiny_run(tokenizer, "--eval-steps", "1000", "--target-examples-per-step", "7", dtype=torch.float64)
+    total, count = 0.0, 0
+    for ids, mask in map(tokenizer.render_conversation, Chat()): # 24 of them: the last step has 3
+        log_probs = torch.log_softmax(run.model(torch.tensor([ids[:-1]]))[0], dim=-1)
+        total -= sum(log_probs[t, token].item() for t, token in enumerate(ids[1:]) if mask[t + 1])
+        count += sum(mask)
     assert chat_sft.validation_loss(run, Chat()) == pytest.approx(total / count, rel=1e-12)
 
 # -----------------------------------------------------------------------------
@@ -267,11 +290,31 @@ def test_resume_refuses_other_mathematics_and_a_second_run_asks_what_to_do(fille
     sft("--num-iterations", "1")
     with pytest.raises(ValueError, match="--matrix-lr was 0.02, is 0.5"):
         sft("--resume", "--num-iterations", "1", "--matrix-lr", "0.5")
+    identity = filled / "identity_conversations.jsonl"
+    as_it_was = identity.read_text()
+    identity.write_text(as_it_was.replace("say", "tell me"))
+    with pytest.raises(ValueError, match="--identity-hash was '[0-9a-f]{12}', is '[0-9a-f]{12}': give the saved"):
+        sft("--resume", "--num-iterations", "1")
+    identity.write_text(as_it_was)
     with pytest.raises(UserError, match="holds checkpoints up to step 1: pass --resume to go on, --overwrite"):
         sft()
     capsys.readouterr()
     sft("--num-iterations", "1", "--resume")
     assert "Nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("eval_every", ["-1", "1"])
+def test_a_run_that_ended_without_its_report_writes_it_when_resumed(filled, eval_every, capsys):
+    flags = ["--num-iterations", "1", "--eval-every", eval_every, "--eval-steps", "1"]
+    sft(*flags)
+    path = filled / "report" / "chat-sft.md"
+    before = path.read_text().splitlines()[2:] # below the time stamp
+    assert any("Validation loss: not evaluated" in line for line in before) == (eval_every == "-1")
+    path.unlink()
+    path.with_suffix(".json").unlink()
+    sft(*flags, "--resume")
+    assert [line for line in path.read_text().splitlines()[2:] if "resume" not in line] == [
+        line for line in before if "resume" not in line]
 
 
 def test_resume_refuses_a_source_that_was_trained_anew(filled, tokenizer):

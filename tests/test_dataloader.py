@@ -491,6 +491,19 @@ def test_epochs_differ_in_order_and_seeds_too():
     assert epochs(2)[0] != first and epochs(1) == (first, second)
 
 
+def test_one_pass_takes_every_conversation_once_and_ends():
+    task = make_task(7, n=23)
+    passes = list(steps(task, per_step=5, T=200, one_pass=True))
+    assert [state["counters"]["conversations"] for _, state in passes] == [5, 10, 15, 20, 23]
+    assert passes[-1][1]["epoch"] == 1
+    learned = sorted(target for (_, targets), _ in passes for target in targets[targets >= 5000].tolist())
+    assert learned == sorted(ord(c) for conversation in task for message in conversation["messages"]
+                             for c in message["content"] if ord(c) >= 5000)
+    silent = {"messages": [{"role": "user", "content": "q"}]}
+    with pytest.raises(ValueError, match="none of the 3 conversations"):
+        list(steps([silent] * 3, one_pass=True))
+
+
 def test_steps_without_anything_to_learn_are_passed_over_and_hopeless_tasks_refused():
     unusable = {"messages": [{"role": "user", "content": "q" * 99}, {"role": "assistant", "content": "a"}]}
     silent = {"messages": [{"role": "user", "content": "q"}]}

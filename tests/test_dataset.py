@@ -16,6 +16,7 @@ from nanochat import dataset
 from nanochat.common import UserError, claim_base_dir, file_sha256, read_manifest
 from nanochat.dataset import (HUB_PATH, build_shards, download_single_file, index_to_filename, list_parquet_files, main,
                               num_row_groups, parquets_iter_batched, read_row_group, split_files, write_shard)
+from tasks.spellingbee import words_of_split
 from tests.hub_server import HubServer
 
 
@@ -348,9 +349,25 @@ def test_prepare_reports_what_could_not_be_had(monkeypatch, capsys):
     loaded, bundles = [], []
     monkeypatch.setattr(dataset, "load_hub_dataset", load)
     monkeypatch.setattr("nanochat.core_eval.get_eval_bundle", lambda: bundles.append(1))
+    monkeypatch.setattr(dataset, "CHAT_FILES", {})
     missing = dataset.prepare()
     assert missing == ["cais/mmlu all validation", "cais/mmlu all test", "cais/mmlu auxiliary_train train"]
     assert ("openai/gsm8k", "main", "train") in loaded and len(bundles) == 1
+
+
+def test_prepare_fetches_the_plain_files_of_the_chat_stages_once(monkeypatch, base_dir):
+    monkeypatch.setattr(dataset, "HUB_DATASETS", ())
+    monkeypatch.setattr("nanochat.core_eval.get_eval_bundle", lambda: None)
+    files = {"/words_alpha.txt": b"cat\r\nowl\r\n", "/identity_conversations.jsonl": b"[]\n"}
+    assert list(files) == ["/" + name for name in dataset.CHAT_FILES]
+    with HubServer(files) as hub:
+        monkeypatch.setattr(dataset, "CHAT_FILES", {name: f"{hub.url}/{name}" for name in dataset.CHAT_FILES})
+        hub.fail("/identity_conversations.jsonl", "truncate")
+        assert dataset.prepare() == ["identity_conversations.jsonl"]
+        assert not (base_dir / "identity_conversations.jsonl").exists()
+        assert dataset.prepare() == dataset.prepare() == [] and len(hub.requests) == 3
+    assert {f"/{path.name}": path.read_bytes() for path in base_dir.iterdir() if path.suffix != ".lock"} == files
+    assert words_of_split("train") + words_of_split("test") == ["cat", "owl"]
 
 # -----------------------------------------------------------------------------
 # Own files

@@ -134,6 +134,9 @@ def test_chat_eval_takes_all_that_is_there_and_marks_it(base_dir, capsys):
     assert world["interval_95"][0] < world["accuracy"] < world["interval_95"][1]
     facts = section(base_dir, "chat-evaluation-sft")
     assert facts["ARC-Easy"] == results["tasks"]["ARC-Easy"]["accuracy"] and "TinyWorld: rooms" in facts
+    too_long = results["tasks"]["TinyWorld-Choice"]["too_long"] # context: 48 tokens
+    assert too_long == facts["TinyWorld-Choice prompts longer than the context"] == 9
+    assert "TinyWorld-Choice: 9 of 9 prompts exceed the model's context of 48 tokens, they are run whole" in out
     assert "ChatCORE metric" not in facts
 
 
@@ -189,6 +192,7 @@ def test_chatcore_needs_its_six_tasks(monkeypatch, capsys):
     (chat_eval, ["-i", "sft", "-a", "Sudoku"], "got Sudoku"),
     (chat_eval, ["-i", "sft", "-t", "-1"], "--temperature must be at least 0, got -1.0"),
     (chat_eval, ["-i", "sft", "-t", "nan"], "--temperature must be at least 0, got nan"),
+    (chat_eval, ["-i", "sft", "-n", "4"], "--num-samples 4 needs a --temperature above 0: greedy"),
     (chat_eval, ["-i", "pretrained"], "invalid choice: 'pretrained'"),
     (chat_cli, ["--max-tokens", "0", "-t", "-0.5"], "--max-tokens must be at least 1, got 0; --temperature"),
 ])

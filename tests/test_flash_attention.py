@@ -47,6 +47,19 @@ def test_without_cache(causal, window, Tq, Tk):
     torch.testing.assert_close(y, reference(q, k, v, [Tk - Tq] * 2, causal, *window))
 
 
+@pytest.mark.parametrize("left", [-1, 0, 2, 50])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_packed_documents_equal_each_alone(left, num_kv_heads):
+    q, k, v = qkv(K=num_kv_heads)
+    starts = torch.tensor([[0, 0, 0, 3, 3, 3, 3], [0, 1, 1, 1, 1, 5, 6]])
+    y = flash_attn.masked_attn_func(q, k, v, fa.document_mask(starts, (left, 0), q.dtype))
+    for b, row in enumerate(starts):
+        for start in row.unique():
+            part = slice(int(start), int(start) + int((row == start).sum()))
+            alone = reference(*(x[b:b + 1, part] for x in (q, k, v)), [0], True, left, 0)
+            torch.testing.assert_close(y[b:b + 1, part], alone)
+
+
 @pytest.mark.parametrize("left", [-1, 0, 2, 4, 100])
 @pytest.mark.parametrize("T_new", [1, 3])
 @pytest.mark.parametrize("start", [5, 0, "rows"])

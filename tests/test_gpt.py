@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.engine import KVCache
-from nanochat.gpt import GPT, GPTConfig, Linear, apply_rotary_emb, has_ve, norm
+from nanochat.gpt import GPT, Block, GPTConfig, Linear, apply_rotary_emb, has_ve, norm
 
 
 def build(config, **kwargs):
@@ -176,6 +176,45 @@ def test_forward_equals_a_naive_reference(pattern, n_kv_head, kwargs):
     ids = [(11 * t + 5) % 50 for t in range(24)] # beyond sequence_len: L layers slide too
     logits = model(torch.tensor([ids]))[0].double()
     torch.testing.assert_close(logits, reference_logits(model, ids), atol=2e-4, rtol=2e-4)
+
+
+PACKED = [[[16]], [[1, 15]], [[5, 4, 7]], [[1] * 16], [[2, 9, 3, 2], [7, 7, 2], [13, 3], [16]]]
+
+
+@pytest.mark.parametrize("lengths", PACKED, ids=str)
+@pytest.mark.parametrize("pattern, n_kv_head", [("SL", 2), ("L", 4), ("SSL", 1)])
+def test_packed_documents_are_computed_as_if_each_stood_alone(lengths, pattern, n_kv_head):
+    model = small(pattern, n_kv_head).double() # the rotary tables stay coarse: each document counts from 0
+    ids = torch.randint(1, 50, (len(lengths), 16))
+    targets = torch.where(torch.rand(ids.shape) < 0.7, torch.randint(1, 50, ids.shape), -1)
+    pieces = [[16 - sum(row)] if sum(row) < 16 else [] for row in lengths] # padding: here one more document
+    ids_of, targets_of = ([piece for row, length, rest in zip(values, lengths, pieces)
+                           for piece in row.split(length + rest)] for values in (ids, targets))
+    for piece in ids_of:
+        piece[0] = 0 # a view
+    logits_of = [model(piece[None])[0] for piece in ids_of]
+    expected = sum(F.cross_entropy(*pair, ignore_index=-1, reduction="sum") for pair in zip(logits_of, targets_of))
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    torch.testing.assert_close(model(ids, bos_id=0).flatten(0, 1), torch.cat(logits_of), rtol=1e-9, atol=1e-9)
+    for reduction in ("sum", "none"):
+        loss = model(ids, targets, loss_reduction=reduction, bos_id=0).sum()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+        for grad, wanted in zip(torch.autograd.grad(loss, list(model.parameters())), gradients, strict=True):
+            assert (grad - wanted).norm() <= 1e-9 * wanted.norm() + 1e-12
+    if any(1 < len(row) < 16 for row in lengths): # 16 documents of the same one token see no difference
+        assert abs(model(ids, targets, loss_reduction="sum").item() - expected.item()) > 1e-3, "it does matter"
+
+
+@pytest.mark.slow # compiles
+@pytest.mark.filterwarnings("ignore") # torch's compiler warns about torch's own ways
+def test_compiled_blocks_take_packed_rows_and_whole_ones():
+    model, ids = small("SL"), torch.randint(0, 5, (4, 16))
+    eager = [model(ids, ids, bos_id=bos_id).item() for bos_id in (0, None)]
+    model.block_fn = torch.compile(Block.forward, dynamic=False)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(3):
+        assert [model(ids, ids, bos_id=bos_id).item() for bos_id in (0, None)] == pytest.approx(eager, rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8, "no new graph for other borders or steps"
 
 
 def test_causality():

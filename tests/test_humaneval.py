@@ -65,6 +65,10 @@ RIGHT = {
     "fence with line ends of Windows": f"```python\n{FUNCTION}```".replace("\n", "\r\n"),
     "other tag": f"```py\n{FUNCTION}```",
     "own helper in place of the prompt's": f"def twice(x):\n    return x + x\n\n{FUNCTION}",
+    "imports from the future": "from __future__ import annotations\nfrom __future__ import (division,\n  "
+                               f"print_function)  # old\nimport os\n{FUNCTION}",
+    "whole, with an import from the future": f"from __future__ import annotations\n{PROMPT}{BODY}",
+    "from the future after other code": f"import os\nfrom __future__ import annotations\r\n{FUNCTION}",
     "assignment": "LIMIT: int = 5 + 5\nfull_turns = lambda n: tau * min(n, LIMIT)",
 }
 WRONG = {

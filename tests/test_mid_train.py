@@ -72,15 +72,29 @@ def test_resuming_equals_never_stopping_bit_for_bit(filled):
     assert [line["train/loss"] for line in metrics_of(folder) if "train/loss" in line] == losses and len(losses) == 4
 
 
-def test_every_token_but_the_padding_is_learned_and_the_batch_is_whole(filled, tokenizer):
+def test_every_token_of_a_conversation_is_learned_and_the_batch_is_whole(filled, tokenizer):
     args = mid_train.build_parser().parse_args(["--device-type", "cpu", *TOKENS])
     run = Run(args, CPU, "mid", mid_train.SOURCES, (), ("val_bpb",), loss_meter={}, min_val_bpb=None)
     (inputs, targets), state = next(run.conversation_steps(Chat(), rows_per_step=1, learn_all=True))
     assert inputs.shape == (1, 256)
     length = state["counters"]["tokens"] # of whole conversations, the first one's bos among them
-    assert torch.equal(targets[0, :length - 1], inputs[0, 1:length]) and (targets[0, length - 1:] == -1).all()
+    expected = torch.where(inputs[0, 1:length] == run.bos_id, -1, inputs[0, 1:length]) # where the next one begins
+    assert torch.equal(targets[0, :length - 1], expected) and (targets[0, length - 1:] == -1).all()
     text = tokenizer.decode(inputs[0, :length].tolist())
     assert text.count("<|user_start|>") == state["counters"]["conversations"] == text.count("<|assistant_end|>") > 3
+
+
+def test_a_failed_validation_is_said_in_the_report_and_made_up_for_when_resumed(filled, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(mid_train, "validation_bpb", lambda *args: 1 / 0)
+        folder = mid("--num-iterations", "2")
+    page = filled / "report" / "midtraining.md"
+    assert "Minimum validation bpb: not evaluated" in page.read_text()
+    assert read_json(os.path.join(folder, "meta_000002.json"))["val_bpb"] is None
+    (filled / "report" / "midtraining.json").unlink() # as if killed before it was written
+    mid("--num-iterations", "2", "--resume")
+    val_bpb = read_json(os.path.join(folder, "meta_000002.json"))["val_bpb"]
+    assert val_bpb > 0 and f"Minimum validation bpb: {val_bpb:.4f}" in page.read_text()
 
 
 def test_a_dry_run_writes_nothing(filled):

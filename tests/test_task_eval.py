@@ -29,7 +29,7 @@ class ByteTokenizer:
     def decode(self, ids):
         return "".join(chr(i) if i < BOS else self.SPECIAL[i - BOS] for i in ids)
 
-    def render_for_completion(self, conversation):
+    def render_for_completion(self, conversation, max_tokens=2048):
         return [BOS, *self.encode(conversation["messages"][0]["content"]), BOS + 1]
 
 
@@ -117,7 +117,8 @@ def test_generative_answers_do_not_depend_on_the_batch(batch_size):
 
     task = ListTask([conversation(questions[i], answer(i) if i % 2 else "no such answer") for i in range(13)])
     score = evaluate_generative(task, tokenizer, engine, max_new_tokens=6, batch_size=batch_size, **settings)
-    assert score == Score(6, 13, {}, pytest.approx(6 / 13))
+    too_long = sum(len(question) + 2 > 24 for question in questions)
+    assert score == Score(6, 13, {}, pytest.approx(6 / 13), too_long) and too_long > 1
 
 
 def choice_task(n=30, seed=0):
@@ -140,6 +141,7 @@ def test_categorical_equals_one_prompt_at_a_time(batch_size):
         groups[item["subject"]][0] += chosen == item["messages"][-1]["content"]
     score = evaluate_categorical(task, tokenizer, model, batch_size=batch_size)
     assert score.groups == {name: tuple(counts) for name, counts in groups.items()}
+    assert score.too_long == sum(len(item["messages"][0]["content"]) + 2 > 24 for item in task.conversations) > 5
     assert (score.passed, score.total) == (sum(passed for passed, _ in groups.values()), 30) and 0 < score.passed < 30
 
 

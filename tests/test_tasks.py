@@ -18,6 +18,7 @@ from tasks.common import (Task, TaskMixture, TaskSequence, extract_answer, is_ri
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
+from tasks.registry import REWARDED
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import TEMPLATES, SimpleSpelling, SpellingBee, draw_question, plain_text, words_of_split
 
@@ -371,6 +372,18 @@ def test_train_and_test_words_are_disjoint_and_complete():
     assert asked <= set(test)
     with pytest.raises(ValueError, match="no word belongs to the test split, got a list of 1"):
         words_of_split("test", train[:1])
+
+
+def test_reinforcement_learning_asks_about_training_words_what_no_stage_before_it_asked(base_dir):
+    words = ["".join(letters) for letters in itertools.product("bcdfgh", "aeiou", "lmnrst", "aeiou")]
+    (base_dir / "words_alpha.txt").write_text("\n".join(words))
+    practice = REWARDED["SpellingBee"](stop=300)
+    asked = {conversation["messages"][0]["content"] for conversation in practice}
+    trained, tested = ({conversation["messages"][0]["content"] for conversation in SpellingBee(size, split)}
+                       for size, split in ((2000, "train"), (256, "test")))
+    assert len(asked) > 295 and not asked & trained and not asked & tested
+    spelled = {conversation["messages"][1]["content"][2]["text"].split("'")[1] for conversation in practice}
+    assert spelled <= set(words_of_split("train", words)) and len(spelled) > 200
 
 
 def test_templates_are_51_each_with_both_slots_and_no_double_question_marks():
