@@ -6,10 +6,10 @@ A local HTTP server that serves the chat page as the real one does and answers b
         server.play(CALL, RESULT, CUT)              # the one after it: two events, then the connection breaks
         server.play(Refuse(429, "queue full", retry_after=1))
 
-A step is a string (a token event), a dict (any event), bytes (sent as they are), a number (seconds of silence), CUT
-(the connection breaks), END (it ends in order, but without `done`) or a Refuse (an error before the stream). Without a
-script the answer repeats the last message. `requests` holds what came to /chat/completions: headers, body, and whether
-the client left.
+A step is a string (a token event), a dict (any event), bytes (sent as they are), a number (seconds of silence), an
+Event (silence until it is set), CUT (the connection breaks), END (it ends in order, but without `done`) or a Refuse (an
+error before the stream). Without a script the answer repeats the last message. `requests` holds what came to
+/chat/completions: headers, body, and whether the client left.
 """
 import json
 import secrets
@@ -120,7 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
             if step is CUT:
                 self.close_connection = True
                 return
-            if isinstance(step, int | float):
+            if isinstance(step, threading.Event):
+                step.wait(30)
+            elif isinstance(step, int | float):
                 time.sleep(step)
             elif step is not END:
                 event = {"token": step, "gpu": 0} if isinstance(step, str) else step
