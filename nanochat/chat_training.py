@@ -185,7 +185,7 @@ class Run:
         """Write the step durably, on all ranks together. The last one needs no optimizer state."""
         check_weights(self.model, step)
         self.loop = {**self.loop, "is_last": is_last}
-        optimizer_state = self.optimizer.state_dict() if self.compute.is_master and not is_last else None
+        optimizer_state = None if is_last else self.optimizer.state_dict() # whole, on rank 0
         save_checkpoint(self.folder, step, self.model.state_dict(), optimizer_state, {
             "step": step,
             **dict.fromkeys(self.metrics), # rewritten once they are known

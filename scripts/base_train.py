@@ -241,7 +241,7 @@ def save(run, step):
     args, compute = run.args, run.compute
     check_weights(run.model, step)
     data_state = merge_lane_states(compute.all_gather(run.data_state)) if run.data_state else None
-    optimizer_state = run.optimizer.state_dict() if compute.is_master else None # whole on every rank
+    optimizer_state = run.optimizer.state_dict() # whole, on rank 0
     save_checkpoint(run.folder, step, run.model.state_dict(), optimizer_state, {
         "step": step,
         "val_bpb": None, # rewritten once it is known

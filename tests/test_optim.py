@@ -148,34 +148,87 @@ def test_the_closure_is_called_and_bad_groups_are_refused():
     assert DistMuonAdamW is MuonAdamW
 
 
-def two_rank_worker(rank, path, queue):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    table, matrix = param([1.0, 2.0, 3.0], dtype=torch.float64), param(P, dtype=torch.float64)
-    optimizers = [adamw(table), muon(matrix)]
-    for step in range(3):
-        if rank == 0: # rank 1 never sees this table: it must count as a zero gradient, not hang
-            table.grad = torch.tensor([0.2, -0.4, 0.6], dtype=torch.float64)
-        matrix.grad = torch.tensor(G, dtype=torch.float64) * (1 + rank + step)
-        for optimizer in optimizers:
-            optimizer.step()
-        table.grad = None
-    queue.put((rank, table.tolist(), matrix.tolist()))
+SHAPES = {"adamw": [(7, 400), (1, 2048), (3,), (64, 32)], "muon": [[(6, 5)] * 5, [(4, 9)], [(8, 8)] * 3]}
+
+
+def many_params():
+    """Float64 parameters of awkward shapes, and an optimizer over them: rows and matrices that no W divides."""
+    rng = torch.Generator().manual_seed(0)
+    def new(shape):
+        return torch.nn.Parameter(torch.randn(shape, generator=rng, dtype=torch.float64))
+    groups = [{"kind": "adamw", "params": [new(shape) for shape in SHAPES["adamw"]], "lr": 0.1, "betas": (0.8, 0.95),
+               "eps": 1e-10, "weight_decay": 0.1}]
+    for shapes in SHAPES["muon"]:
+        groups.append({"kind": "muon", "params": [new(shape) for shape in shapes], "lr": 0.02, "momentum": 0.95,
+                       "ns_steps": 5, "beta2": 0.95, "weight_decay": 0.3})
+    return [p for group in groups for p in group["params"]], MuonAdamW(groups)
+
+
+def gradient_of(step, rank, i, p):
+    """None for some: on one rank the second parameter, on all of them a matrix."""
+    if i == 1 and rank == 1 or i == 6:
+        return None
+    return torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * step + 10 * rank + i), dtype=p.dtype)
+
+
+def take_steps(params, optimizer, steps, ranks):
+    for step in steps:
+        for i, p in enumerate(params):
+            grads = [gradient_of(step, rank, i, p) for rank in ranks]
+            grads = [torch.zeros_like(p) if grad is None and len(ranks) > 1 else grad for grad in grads]
+            p.grad = grads[0] if len(ranks) == 1 else sum(grads) / len(ranks)
+        optimizer.step()
+
+
+def rank_worker(rank, world_size, folder):
+    """Three steps, a save, and two more after loading it into a fresh optimizer; then the same from one rank's file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world_size}", rank=rank, world_size=world_size)
+    params, optimizer = many_params()
+    take_steps(params, optimizer, range(3), [rank])
+    parts = {i: tuple(optimizer.state[p]["exp_avg" if i < 4 else "momentum_buffer"].shape)
+             for i, p in enumerate(params) if p in optimizer.state}
+    saved = optimizer.state_dict()
+    assert (saved is None) == (rank > 0)
+    if rank == 0:
+        torch.save({"params": params, "state": saved, "parts": parts}, f"{folder}/after3_{world_size}.pt")
+    dist.barrier()
+    for source in (world_size, 1):
+        params, optimizer = many_params()
+        loaded = torch.load(f"{folder}/after3_{source}.pt", weights_only=False)
+        with torch.no_grad():
+            for p, q in zip(params, loaded["params"], strict=True):
+                p.copy_(q)
+        optimizer.load_state_dict(loaded["state"])
+        take_steps(params, optimizer, range(3, 5), [rank])
+        torch.save(params, f"{folder}/after5_from{source}_{world_size}_{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_gloo_ranks_equal_one_with_the_mean_gradient(tmp_path):
-    table, matrix = param([1.0, 2.0, 3.0], dtype=torch.float64), param(P, dtype=torch.float64)
-    optimizers = [adamw(table), muon(matrix)]
-    for step in range(3):
-        table.grad = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
-        matrix.grad = torch.tensor(G, dtype=torch.float64) * (1.5 + step)
-        for optimizer in optimizers:
-            optimizer.step()
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    mp.spawn(two_rank_worker, (str(tmp_path / "store"), queue), nprocs=2)
-    for _ in range(2):
-        _, table_got, matrix_got = queue.get()
-        assert table_got == pytest.approx(table.tolist(), abs=1e-12)
-        torch.testing.assert_close(torch.tensor(matrix_got, dtype=torch.float64), matrix.data, atol=1e-12, rtol=0)
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_many_ranks_equal_one_with_the_mean_gradient(tmp_path, world_size):
+    """With real processes: weights, state on disk, and the same steps after loading another number of ranks' state."""
+    params, optimizer = many_params()
+    take_steps(params, optimizer, range(3), range(world_size))
+    whole = copy.deepcopy(optimizer.state_dict())
+    torch.save({"params": params, "state": whole}, tmp_path / "after3_1.pt")
+    mp.spawn(rank_worker, (world_size, str(tmp_path)), nprocs=world_size)
+    after3 = torch.load(tmp_path / f"after3_{world_size}.pt", weights_only=False)
+    for p, q in zip(params, after3["params"], strict=True):
+        torch.testing.assert_close(q, p, atol=1e-12, rtol=0)
+    assert after3["state"]["state"].keys() == whole["state"].keys()
+    for i, state in whole["state"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(torch.as_tensor(after3["state"]["state"][i][name]), torch.as_tensor(value),
+                                       atol=1e-12, rtol=0)
+    def share(n):
+        return -(-n // world_size)
+    assert after3["parts"] == {0: (share(7), 400), 1: (1, 2048), 2: (3,), 3: (share(64), 32), 4: (share(5), 6, 5),
+                               9: (1, 4, 9), 10: (share(3), 8, 8)}
+    take_steps(params, optimizer, range(3, 5), range(world_size))
+    for source in (world_size, 1):
+        for rank in range(world_size):
+            got = torch.load(tmp_path / f"after5_from{source}_{world_size}_{rank}.pt", weights_only=False)
+            for p, q in zip(params, got, strict=True):
+                torch.testing.assert_close(q, p, atol=1e-12, rtol=0)
