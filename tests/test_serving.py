@@ -447,19 +447,21 @@ def test_draining_has_an_end():
         assert not server.thread.is_alive()
 
 
-def test_health_is_quick_under_load():
-    with running(ChainModel(FOREVER, seconds=0.01, sequence_len=5000), max_batch=16) as server:
-        socks = [start_stream(server) for _ in range(20)] # nobody reads yet: that would take turns with the server
+def test_health_does_not_wait_for_the_engine():
+    """A tenth of a step, and not a second, is the measure: this machine may have more to do."""
+    step = 1.0
+    with running(ChainModel(FOREVER, step, sequence_len=5000), max_batch=16) as server:
+        socks = [start_stream(server) for _ in range(20)]
         wait_for(lambda: (stats(server)["running"], stats(server)["waiting"]) == (16, 4))
         times = []
-        for _ in range(50):
+        for _ in range(30):
             start = time.monotonic()
             assert HTTP.get(f"{server.url}/health").json()["available_workers"] == 0
             times.append(time.monotonic() - start)
         for sock in socks:
             sock.close()
         wait_for(lambda: not server.service.answers)
-    assert sorted(times)[40] < 0.1, times # not the slowest: this machine has more to do
+    assert sorted(times)[15] < step / 10, times
 
 
 def test_a_model_that_says_only_invalid_bytes():
