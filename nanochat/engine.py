@@ -169,8 +169,9 @@ def sample_next_token(logits, rng, temperature=1.0, top_k=None, top_p=None, min_
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     is_nucleus, ids = top_p is not None and top_p < 1, None
-    if is_nucleus or top_k is not None and top_k > 0: # (B, k), descending
-        logits, ids = torch.topk(logits, min(top_k or logits.size(-1), logits.size(-1)), dim=-1)
+    k = top_k if top_k is not None and top_k > 0 else None
+    if is_nucleus or k is not None: # (B, k), descending
+        logits, ids = torch.topk(logits, min(k or logits.size(-1), logits.size(-1)), dim=-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # The maximum goes first: a tiny temperature must not overflow.
     probs = torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)

@@ -143,7 +143,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return min(self.rank * chunk, num_rows), min((self.rank + 1) * chunk, num_rows), chunk
 
     def _average(self, group, params):
-        """Begin to average the gradients of a unit; returns a function that waits and gives this rank's part, or None."""
+        """Begin to average a unit's gradients. Returns a function that waits and gives this rank's part, or None."""
         def whole_gradient():
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             return torch.stack(grads) if group["kind"] == "muon" else grads[0]

@@ -221,6 +221,7 @@ def test_draws_follow_the_distribution(temperature, top_k):
     ([2, 0], {"top_p": 0.7}), ([2], {"top_p": 0.5}), ([2], {"top_p": 0.0}), ([2, 0, 3], {"top_p": 0.91}),
     ([2, 0, 3, 1], {"top_p": 1.0}), ([2, 0, 3, 1], {"min_p": 0.0}), ([2, 0], {"min_p": 0.3}), ([2], {"min_p": 1.0}),
     ([2], {"min_p": 7.0}), ([2, 0], {"top_k": 2, "top_p": 0.95}), ([2], {"top_k": 2, "top_p": 0.6}),
+    ([2, 0], {"top_k": -1, "top_p": 0.7}),
     ([2, 0], {"top_p": 0.95, "min_p": 0.3}), ([2, 0, 3], {"top_k": 3, "min_p": 0.01})])
 def test_nucleus_and_min_p_keep_what_their_papers_say(kept, settings):
     probs = torch.tensor([0.23, 0.05, 0.62, 0.10, 0.0])
