@@ -16,6 +16,7 @@ import queue
 import random
 import re
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -149,7 +150,7 @@ class Worker(threading.Thread):
     def __init__(self, engine, gpu, max_rows, loop, on_failure):
         super().__init__(name=f"engine {gpu}", daemon=True)
         self.engine, self.gpu, self.max_rows, self.loop, self.on_failure = engine, gpu, max_rows, loop, on_failure
-        self.inbox = queue.SimpleQueue()
+        self.inbox, self.ended = queue.SimpleQueue(), threading.Event()
         self.waiting = deque()
         self.outbox = []
         self.load = 0 # choices handed over that have not ended; read and written on the event loop only
@@ -166,6 +167,8 @@ class Worker(threading.Thread):
         except Exception as error:
             logger.exception("the engine failed")
             self.loop.call_soon_threadsafe(self.on_failure, error)
+        finally:
+            self.ended.set()
 
     def _num_rows(self):
         return self.batch.num_busy + self.batch.num_waiting
@@ -343,6 +346,7 @@ class Service:
         self.tokenizer = engines[0].tokenizer
         self.status, self.failure, self.drain_until = "loading", None, None
         self.workers, self.answers = [], set()
+        self.main_thread = None # a queue, when the main thread waits there for the first worker, to be it
         self.metrics = Metrics(self)
 
     # ---- life ----
@@ -352,7 +356,10 @@ class Service:
         self.workers = [Worker(engine, gpu, self.settings.max_batch, loop, self.fail)
                         for gpu, engine in enumerate(self.engines)]
         for worker in self.workers:
-            worker.start()
+            if self.main_thread is not None and worker.gpu == 0:
+                self.main_thread.put(worker)
+            else:
+                worker.start()
         self.clock = loop.create_task(self._watch_clock())
         self.status = "ok"
 
@@ -361,7 +368,7 @@ class Service:
         for worker in self.workers:
             worker.inbox.put(None)
         for worker in self.workers:
-            await asyncio.to_thread(worker.join, 10)
+            await asyncio.to_thread(worker.ended.wait, 10)
 
     def drain(self, seconds):
         """Take no more requests; what runs has so many seconds. May be called from a signal handler."""
@@ -850,7 +857,29 @@ def serve(app, sock, drain=10):
             self.should_exit = self.should_exit or service.is_over()
             return await super().on_tick(counter)
 
-    Server(uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, lifespan="on",
-                          timeout_graceful_shutdown=5)).run(sockets=[sock])
+    server = Server(uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, lifespan="on",
+                                   timeout_graceful_shutdown=5))
+    if threading.current_thread() is threading.main_thread():
+        _decode_here(server, service, sock)
+    else:
+        server.run(sockets=[sock])
     if service.failure is not None:
         raise UserError(f"the engine failed ({type(service.failure).__name__}: {service.failure}): see the log above")
+
+
+def _decode_here(server, service, sock):
+    """
+    The first engine decodes in the main thread, and the server runs in another: in any other thread, OpenMP's workers
+    sleep between the small operations of a step, which then take twice as long on a CPU (dev/LOG.md).
+    """
+    service.main_thread = queue.SimpleQueue()
+    handlers = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+    talker = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="server")
+    talker.start()
+    while talker.is_alive(): # it may fail before it has a worker
+        with contextlib.suppress(queue.Empty):
+            service.main_thread.get(timeout=TICK_SECONDS).run()
+            break
+    talker.join()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
