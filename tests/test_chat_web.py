@@ -128,3 +128,14 @@ def test_an_open_stream_is_ended_with_an_event(base, tmp_path, signals, drain):
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.slow
+def test_a_crowd_of_clients_leaves_nothing_behind():
+    """64 clients for half a minute, a third of whom leave in the middle; dev/bench_serve.py has the longer form."""
+    command = [sys.executable, "-m", "dev.bench_serve", "--load", "30", "--depth", "2", "--vocab-size", "512"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["right"] > 100 and result["wrong"] == result["rows left"] == result["waiting left"] == 0
+    assert result["left or refused"] > 20 and result["threads more"] < 20 and result["MiB more"] < 300
