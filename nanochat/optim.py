@@ -126,7 +126,7 @@ class MuonAdamW(torch.optim.Optimizer):
         averaging = [(group, params, self._average(group, params)) for group in self.param_groups
                      for params in self._units(group)]
         arriving = [self._update(group, params, average()) for group, params, average in averaging]
-        for finish in arriving:
+        for finish in filter(None, arriving):
             finish()
         return loss
 
@@ -163,11 +163,14 @@ class MuonAdamW(torch.optim.Optimizer):
         return wait
 
     def _update(self, group, params, grad):
-        """Update this rank's part of a unit and begin to send it; returns a function that puts all parts in place."""
+        """
+        Update this rank's part of a unit and begin to send it; returns a function that puts all parts in place, or
+        None for a unit that is whole here.
+        """
         whole = torch.stack([p.detach() for p in params]) if group["kind"] == "muon" else params[0]
         if not self._is_shared_out(group, params):
             self._step(group, params, whole, grad)
-            return lambda: self._put(group, params, whole)
+            return self._put(group, params, whole)
         first, end, chunk = self._part(len(whole))
         part = padded(whole[first:end], chunk)
         self._step(group, params, part, grad)
@@ -220,7 +223,7 @@ class MuonAdamW(torch.optim.Optimizer):
         them must call this; the tensors come to the CPU of rank 0, and the others get None.
         """
         saved = super().state_dict()
-        for i, _, num_rows in self._shared_units():
+        for i, num_rows in self._shared_units():
             for name, part in sorted(saved["state"].get(i, {}).items()):
                 if torch.is_tensor(part):
                     gathered = part.new_empty((len(part) * self.world_size, *part.shape[1:]))
@@ -231,19 +234,19 @@ class MuonAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         """Take this rank's part of a whole state."""
         parts = dict(state_dict["state"])
-        for i, _, num_rows in self._shared_units():
+        for i, num_rows in self._shared_units():
             first, end, chunk = self._part(num_rows)
             parts[i] = {name: padded(value[first:end], chunk).clone() if torch.is_tensor(value) else value
                         for name, value in parts.get(i, {}).items()}
         super().load_state_dict({**state_dict, "state": {i: state for i, state in parts.items() if state}})
 
     def _shared_units(self):
-        """(number of the first parameter, unit, rows) of what is shared out, as state_dict numbers parameters."""
+        """(number of the first parameter, rows) of each unit that is shared out, as state_dict numbers parameters."""
         i = 0
         for group in self.param_groups:
             for params in self._units(group):
                 if self._is_shared_out(group, params):
-                    yield i, params, len(params) if group["kind"] == "muon" else len(params[0])
+                    yield i, len(params) if group["kind"] == "muon" else len(params[0])
                 i += len(params)
 
 

@@ -145,7 +145,10 @@ class Choice:
 
 
 class Worker(threading.Thread):
-    """One device: the thread that owns its batch. Choices come in by a queue; parts go out once per step."""
+    """
+    One device: the thread that owns its batch (of the first one the main thread is, where `serve` lends it). Choices
+    come in by a queue; parts go out once per step.
+    """
 
     def __init__(self, engine, gpu, max_rows, loop, on_failure):
         super().__init__(name=f"engine {gpu}", daemon=True)
@@ -869,8 +872,8 @@ def serve(app, sock, drain=10):
 
 def _decode_here(server, service, sock):
     """
-    The first engine decodes in the main thread, and the server runs in another: in any other thread, OpenMP's workers
-    sleep between the small operations of a step, which then take twice as long on a CPU (dev/LOG.md).
+    The first engine decodes in the main thread, and the server runs in another: in any other thread a step takes over
+    one and a half times as long on a CPU (measured, not understood: dev/LOG.md).
     """
     service.main_thread = queue.SimpleQueue()
     handlers = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
