@@ -14,16 +14,15 @@ from dataclasses import asdict
 import torch
 import torch.nn.functional as F
 
-from nanochat.checkpoint_manager import (check_parent, checkpoint_dir, delete_steps, find_newest_model, lineage,
-                                         load_checkpoint, load_model, save_checkpoint, step_to_resume, update_meta,
-                                         warn_of_changes)
+from nanochat.checkpoint_manager import (Saver, check_parent, checkpoint_dir, delete_steps, find_newest_model,
+                                         hold, lineage, load_checkpoint, load_model, step_to_resume, warn_of_changes)
 from nanochat.common import (DTYPES, UserError, dataset_label, file_sha256, get_base_dir, get_compute_dtype,
                              init_wandb, print0)
 from nanochat.dataloader import conversation_steps
 from nanochat.gpt import Block
 from nanochat.report import get_report, is_reported
-from nanochat.training import (MetricsLog, accumulate, check_loss, check_weights, compile_model, is_due,
-                               number_problems, refuse_changes, set_schedule)
+from nanochat.training import (MetricsLog, accumulate, add_checkpoint_flags, check_loss, check_weights, compile_model,
+                               is_due, number_problems, refuse_changes, set_schedule)
 
 SECTIONS = {"mid": "Midtraining", "sft": "Chat SFT", "rl": "Chat RL"} # of the report
 
@@ -48,8 +47,7 @@ def add_flags(parser, sources, source, init_lr_frac):
     add("--matrix-lr", type=float, default=0.02, help="Muon, block matrices")
     add("--weight-decay", type=float, default=0.0, help="cautious decay of the block matrices (Muon); others have none")
     add("--init-lr-frac", type=float, default=init_lr_frac, help="factor on all initial learning rates")
-    add("--save-every", type=int, default=-1, help="steps between checkpoints; -1 = only at the end")
-    add("--resume", action="store_true", help="go on from the newest complete checkpoint, or start when there is none")
+    add_checkpoint_flags(parser)
     add("--overwrite", action="store_true", help="delete an earlier run's checkpoints under this tag and start over")
 
 
@@ -68,8 +66,7 @@ def flag_problems(args, positive, positive_or_default=()):
     flags = [(name, name.replace("_", "-"), getattr(args, name)) for name in (*positive, *positive_or_default)]
     problems = [f"--{flag} must be at least 1{', or -1' * (name in positive_or_default)}, got {value}"
                 for name, flag, value in flags if value < 1 and not (name in positive_or_default and value == -1)]
-    problems += number_problems(args)
-    return problems + ["--resume and --overwrite exclude each other"] * (args.resume and args.overwrite)
+    return problems + number_problems(args)
 
 
 def find_tag(args, sources):
@@ -115,7 +112,8 @@ class Run:
         identity = os.path.join(get_base_dir(), "identity_conversations.jsonl")
         args.identity_hash = file_sha256(identity)[:12] if os.path.exists(identity) else None # a flag in all but name
         self.optimizer = build_optimizer(self.model, args)
-        self.parent, self.saved_step, self.data_state = meta, None, None
+        self.saver = Saver(self.folder, compute, resume_step, args.keep_last)
+        self.parent, self.start_step, self.data_state = meta, resume_step, None
         self.loop = {"is_last": False, "total_time": 0.0, **loop}
         self.saved_lineage, self.finished = {}, False
         if resume_step is not None:
@@ -123,16 +121,16 @@ class Run:
         self.wandb = init_wandb(args.run, compute, f"nanochat-{stage}", vars(args))
 
     def _resume(self, meta, fixed):
-        refuse_changes(meta["user_config"], vars(self.args), fixed)
+        refuse_changes(meta["user_config"], vars(self.args), fixed, self.args.allow_change)
         self.saved_lineage, self.parent = meta["lineage"], meta["lineage"]["parent"]
         check_parent(self.parent, self.args.model_step)
-        self.saved_step, self.data_state = meta["step"], meta["dataloader_state_dict"]
+        self.data_state = meta["dataloader_state_dict"]
         self.loop |= meta["loop_state"]
         evaluated = meta[self.metrics[0]] is not None or self.args.eval_every <= 0
         self.finished = self.loop["is_last"] and evaluated and is_reported(SECTIONS[self.stage], self.compute)
         if not self.loop["is_last"]: # which has no optimizer state
             self.optimizer.load_state_dict(
-                load_checkpoint(self.folder, self.saved_step, self.compute.device, load_optimizer=True)[1])
+                load_checkpoint(self.folder, self.start_step, self.compute.device, load_optimizer=True)[1])
 
     def lineage(self):
         return lineage(self.tokenizer, self.args, self.compute, self.model, self.parent)
@@ -150,13 +148,17 @@ class Run:
         print0(compile_model(self.model, self.args.compile,
                              lambda: self.model(ids, ids, loss_reduction="sum", bos_id=self.bos_id).backward()))
 
+    def hold(self):
+        """A context in which no other run writes to the folder; see checkpoint_manager.hold."""
+        return contextlib.nullcontext() if self.dry_run else hold(self.folder, self.compute)
+
     def begin(self, batches):
         """Delete an earlier run's steps if asked to, and open the metrics log; returns the batches."""
         batches = itertools.chain([next(batches)], batches) # read now: bad data must be told before anything is deleted
         writes = self.compute.is_master and not self.dry_run
         if self.args.overwrite and writes: # only now that all else is known to be right
             delete_steps(self.folder)
-        self.log = MetricsLog(self.folder, self.saved_step or 0, enabled=writes)
+        self.log = MetricsLog(self.folder, self.start_step or 0, enabled=writes)
         warn_of_changes(self.saved_lineage, self.lineage())
         return batches
 
@@ -168,8 +170,10 @@ class Run:
         """
         stopped = stop.requested(self.compute)
         due = last_step or stopped or is_due(self.args.save_every, step, last_step)
-        if due and step != self.saved_step and not self.dry_run:
+        if due and step != self.start_step and not self.dry_run:
             self.save(step, last_step) # first: an evaluation that fails must not cost the step
+        if last_step or stopped:
+            self.saver.finish()
         if stopped:
             sys.exit(stop.exit_code())
         metrics = {name: value for name, value in evaluate(step, last_step).items() if value is not None}
@@ -177,16 +181,14 @@ class Run:
             print0(" | ".join([f"Step {step:05d}", *(f"{name}: {value:.6f}" for name, value in metrics.items())]))
             self.log.log(step, **{name.replace("val_", "val/"): value for name, value in metrics.items()})
             self.wandb.log({"step": step, **metrics})
-            if step == self.saved_step and self.compute.is_master:
-                update_meta(self.folder, step, **metrics)
+            self.saver.update_meta(step, **metrics)
         return metrics
 
     def save(self, step, is_last):
-        """Write the step durably, on all ranks together. The last one needs no optimizer state."""
+        """Begin to write the step, on all ranks together. The last one needs no optimizer state."""
         check_weights(self.model, step)
         self.loop = {**self.loop, "is_last": is_last}
-        optimizer_state = None if is_last else self.optimizer.state_dict() # whole, on rank 0
-        save_checkpoint(self.folder, step, self.model.state_dict(), optimizer_state, {
+        self.saver.save(step, self.model, None if is_last else self.optimizer, {
             "step": step,
             **dict.fromkeys(self.metrics), # rewritten once they are known
             "model_config": asdict(self.model.config), # sequence_len stays the model's: its windows depend on it
@@ -195,9 +197,7 @@ class Run:
             "dataloader_state_dict": self.data_state,
             "loop_state": self.loop,
             "lineage": self.lineage(),
-        }, rank=self.compute.ddp_rank, tokenizer=self.tokenizer)
-        self.saved_step = step
-        print0(f"Saved step {step} to {self.folder}")
+        }, self.tokenizer)
 
     def report(self, outcome):
         """The end of the run, on the console and in the report."""

@@ -14,6 +14,7 @@ import os
 import pickle
 import platform
 import re
+import threading
 import zipfile
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
@@ -56,44 +57,35 @@ def _path(folder, kind, *numbers):
 
 def save_checkpoint(checkpoint_dir, step, model_data, optimizer_data, meta_data, rank=0, tokenizer=None):
     """
-    Write one step, on all ranks together; until all of it is safely on disk the older steps stand as they were.
+    Write one step; until all of it is safely on disk the older steps stand as they were. Waits for no other rank.
 
     model_data      state dict, written by rank 0
-    optimizer_data  this rank's optimizer state dict, or None: a state that is whole on rank 0 is saved there alone
+    optimizer_data  this rank's optimizer state dict, or None. Ours is whole on rank 0; where other ranks have shards of
+                    their own to save, rank 0 comes last, because its meta completes the step
     meta_data       JSON-like dict with at least "model_config"; "step", "world_size" and "files" are added
     tokenizer       stored beside the weights, so that the run carries it; None leaves it out
-    Raises UserError, on every rank, when one of them cannot write (a full disk).
+    Raises UserError when it cannot be written (a full disk).
     """
     os.makedirs(checkpoint_dir, exist_ok=True)
-    _sweep(checkpoint_dir, rank)
     tensors = {_path(checkpoint_dir, "model", step): model_data} if rank == 0 else {}
     if optimizer_data is not None:
         tensors[_path(checkpoint_dir, "optim", step, rank)] = optimizer_data
-    meta_path, files, error = _path(checkpoint_dir, "meta", step), {}, None
+    meta_path = _path(checkpoint_dir, "meta", step)
+    world_size = dist.get_world_size() if is_ddp_initialized() else 1
     try:
-        for path, data in tensors.items():
-            files[os.path.basename(path)] = _write_temporary(path, data)
-        if rank == 0 and tokenizer is not None:
-            tokenizer.save(os.path.join(checkpoint_dir, "tokenizer"))
-    except (OSError, RuntimeError) as failure: # torch turns some failed writes into RuntimeError
-        error = str(failure)
-    reports = _gather((files, error))
-    try:
-        if errors := [error for _, error in reports if error is not None]:
-            raise OSError(errors[0])
-        if rank == 0:
-            listed = {name: facts for report, _ in reports for name, facts in report.items()}
-            write_json(meta_path + ".tmp", {"step": step, **meta_data, "world_size": len(reports), "files": listed})
-    except OSError as failure:
         _sweep(checkpoint_dir, rank)
+        files = {os.path.basename(path): _write_temporary(path, data) for path, data in tensors.items()}
+        if rank == 0:
+            if tokenizer is not None:
+                tokenizer.save(os.path.join(checkpoint_dir, "tokenizer"))
+            write_json(meta_path + ".tmp", {"step": step, **meta_data, "world_size": world_size, "files": files})
+    except (OSError, RuntimeError) as failure: # torch turns some failed writes into RuntimeError
+        with contextlib.suppress(OSError):
+            _sweep(checkpoint_dir, rank)
         raise UserError(f"could not save step {step} in {checkpoint_dir} ({failure}): the steps saved before are "
                         "complete, so make room there and go on with --resume") from failure
-    for path in tensors:
+    for path in [*tensors, *([meta_path] if rank == 0 else [])]:
         os.replace(path + ".tmp", path)
-    _gather(None) # wait until the files of every rank have their names
-    if rank == 0:
-        os.replace(meta_path + ".tmp", meta_path)
-    _gather(None) # the step is complete for whichever rank looks next
 
 
 def _write_temporary(path, data):
@@ -113,13 +105,83 @@ def _sweep(folder, rank):
             os.unlink(os.path.join(folder, name))
 
 
-def _gather(value):
-    """The values of all ranks, in rank order."""
-    if not is_ddp_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+class Saver:
+    """
+    Saves the steps of one run while it trains on: a thread of rank 0 writes a copy of the state, one step at a time.
+
+    A step is called saved when it is durable, not before. One that cannot be written (a full disk) is told, and costs
+    neither the run nor the steps before it. All ranks have a Saver and call `finish` together.
+
+    saved_step  the newest durable step, here or in the process that this one resumes; None before the first
+    keep_last   number of steps that stay on disk, the older ones being deleted; below 1 all stay
+    """
+
+    def __init__(self, checkpoint_dir, compute, saved_step=None, keep_last=-1):
+        self.folder, self.compute, self.keep_last = checkpoint_dir, compute, keep_last
+        self.saved_step, self._thread, self._error = saved_step, None, None
+
+    def save(self, step, model, optimizer, meta_data, tokenizer):
+        """Begin to save, on all ranks together. `optimizer` is None for a step from which none goes on."""
+        self._wait() # of the state there is one copy at a time
+        optimizer_data = optimizer and optimizer.state_dict() # a copy already, whole on rank 0
+        if self.compute.is_master:
+            model_data = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+            self._thread = threading.Thread(target=self._write, name="checkpoint",
+                                            args=(step, model_data, optimizer_data, meta_data, tokenizer))
+            self._thread.start()
+
+    def _write(self, step, model_data, optimizer_data, meta_data, tokenizer):
+        try:
+            save_checkpoint(self.folder, step, model_data, optimizer_data, meta_data, tokenizer=tokenizer)
+            self.saved_step, self._error = step, None
+            print0(f"Saved step {step} to {self.folder}", flush=True)
+            if self.keep_last > 0:
+                delete_steps(self.folder, before=complete_steps(self.folder)[-self.keep_last:][0])
+        except Exception as error: # told, or raised by finish
+            self._error = str(error)
+            print0(f"Warning: {error}", flush=True)
+
+    def _wait(self):
+        if self._thread is not None:
+            self._thread.join()
+
+    def finish(self):
+        """Wait until the step begun last is durable. Raises UserError, on all ranks, when it could not be written."""
+        self._wait()
+        if error := self.compute.all_gather(self._error)[0]:
+            raise UserError(error)
+
+    def update_meta(self, step, **changes):
+        """Change entries of the meta of a step that this process saved or resumed; does nothing when it has not."""
+        self._wait()
+        if self.compute.is_master and step == self.saved_step:
+            try:
+                update_meta(self.folder, step, **changes)
+            except OSError as error:
+                print0(f"Warning: the meta of step {step} in {self.folder} stays as it was: {error}")
+
+
+@contextlib.contextmanager
+def hold(checkpoint_dir, compute):
+    """
+    Keep other runs out of a folder while this one writes to it, on all ranks together.
+
+    The lock is the operating system's: it ends with the process, however that ends. Raises UserError when it is taken.
+    """
+    import filelock
+    lock, is_taken = filelock.FileLock(os.path.join(checkpoint_dir, ".lock"), blocking=False), False
+    if compute.is_master:
+        os.makedirs(checkpoint_dir, exist_ok=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            is_taken = True
+    if compute.all_gather(is_taken)[0]:
+        raise UserError(f"another run is at work in {checkpoint_dir}: wait for its end, or choose another --model-tag")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def update_meta(checkpoint_dir, step, **changes):
@@ -128,11 +190,12 @@ def update_meta(checkpoint_dir, step, **changes):
     write_json(path, {**read_json(path), **changes})
 
 
-def delete_steps(checkpoint_dir, after=None):
-    """Delete the steps beyond `after` (None: all) and what is left of incomplete ones. For rank 0 alone."""
+def delete_steps(checkpoint_dir, after=None, before=None):
+    """Delete the steps beyond `after` and below `before` (None: any), incomplete ones too. For rank 0 alone."""
     for name in sorted(os.listdir(checkpoint_dir)) if os.path.isdir(checkpoint_dir) else []: # a step's meta goes first
         match = re.fullmatch(r"(?:meta|model|optim)_(\d{6,})(?:_rank\d+)?\.(?:json|pt)", name)
-        if match and (after is None or int(match[1]) > after):
+        step = int(match[1]) if match else None
+        if match and (after is None or step > after) and (before is None or step < before):
             os.unlink(os.path.join(checkpoint_dir, name))
 
 

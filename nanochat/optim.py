@@ -219,17 +219,23 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def state_dict(self):
         """
-        The state as one rank alone would have it, so that it loads at any number of ranks. With several ranks all of
-        them must call this; the tensors come to the CPU of rank 0, and the others get None.
+        A copy, on the CPU, of the state as one rank alone would have it, so that it loads at any number of ranks.
+        With several ranks all of them must call this; rank 0 gets the state, the others None.
         """
-        saved = super().state_dict()
-        for i, num_rows in self._shared_units():
-            for name, part in sorted(saved["state"].get(i, {}).items()):
-                if torch.is_tensor(part):
-                    gathered = part.new_empty((len(part) * self.world_size, *part.shape[1:]))
-                    dist.all_gather_into_tensor(gathered, part)
-                    saved["state"][i] = {**saved["state"][i], name: gathered[:num_rows].cpu()}
+        saved, shared = super().state_dict(), dict(self._shared_units())
+        for i, state in sorted(saved["state"].items()): # the ranks gather in the same order
+            saved["state"][i] = {name: self._whole(value, shared.get(i)) for name, value in sorted(state.items())}
         return saved if self.rank == 0 else None
+
+    def _whole(self, part, num_rows):
+        """On rank 0 a copy of the tensor (num_rows, ...) of which each rank has a part; None: of `part`, whole here."""
+        if not torch.is_tensor(part):
+            return part
+        if num_rows is not None:
+            gathered = part.new_empty((len(part) * self.world_size, *part.shape[1:]))
+            dist.all_gather_into_tensor(gathered, part)
+            part = gathered[:num_rows]
+        return part.to("cpu", copy=True) if self.rank == 0 else None
 
     def load_state_dict(self, state_dict):
         """Take this rank's part of a whole state."""

@@ -212,10 +212,12 @@ class MetricsLog:
     """
     metrics.jsonl of a training run: one JSON object per line, each with a "step".
 
-    On a resume the lines from `resume_step` on are dropped: those steps are done again. Silent when not `enabled`.
+    On a resume the lines from `resume_step` on are dropped: those steps are done again. Silent when not `enabled`. A
+    line that cannot be written (a full disk) is told once and lost.
     """
 
     def __init__(self, folder, resume_step=0, enabled=True):
+        self.told = False
         self.path = os.path.join(folder, "metrics.jsonl") if enabled else None
         if not enabled:
             return
@@ -232,9 +234,15 @@ class MetricsLog:
                     yield json.loads(line)
 
     def log(self, step, **metrics):
-        if self.path is not None:
+        if self.path is None:
+            return
+        try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(finite({"step": step, **metrics})) + "\n")
+        except OSError as error:
+            if not self.told:
+                print0(f"Warning: {self.path} has gaps from step {step} on: {error}")
+            self.told = True
 
 
 class Stop:
@@ -296,19 +304,38 @@ def try_evaluation(name, evaluate):
 
 
 def number_problems(args):
-    """What flags of every training script can be wrong about, as sentences: numbers, the seed, cadences."""
+    """What flags of every training script can be wrong about, as sentences: numbers, seed, cadences, checkpoints."""
     flags = [(f"--{name.replace('_', '-')}", value) for name, value in vars(args).items()]
     problems = [f"{flag} must be a finite number, got {value}"
                 for flag, value in flags if isinstance(value, float) and not math.isfinite(value)]
     problems += [f"{flag} must be a number of steps, or -1 for never, got {value}"
                  for flag, value in flags if flag.endswith("-every") and value < -1]
+    problems += ["--resume and --overwrite exclude each other"] * (args.resume and args.overwrite)
+    problems += [f"--keep-last must be at least 1, or -1 for all, got {args.keep_last}"
+                 ] * (args.keep_last < 1 and args.keep_last != -1)
     return problems + [f"--seed must be at least 0 and below 2^63, got {args.seed}"] * (not 0 <= args.seed < 2**63)
 
 
-def refuse_changes(saved, now, keys):
-    """Raise ValueError naming each of `keys` whose value differs between two dicts of flags."""
-    changed = [f"--{key.replace('_', '-')} was {saved[key]!r}, is {now[key]!r}"
-               for key in keys if key in saved and saved[key] != now[key]]
-    if changed:
-        raise ValueError("cannot resume with other mathematics: " + "; ".join(changed) +
-                         ": give the saved values, or start another run under another --model-tag")
+def add_checkpoint_flags(parser):
+    """Add the flags about saving and resuming that all training scripts have."""
+    add = parser.add_argument
+    add("--save-every", type=int, default=-1, help="steps between checkpoints; -1 = only at the end")
+    add("--keep-last", type=int, default=-1, help="checkpoints to keep, older ones are deleted; -1 = all")
+    add("--resume", action="store_true", help="go on from the newest complete checkpoint, or start when there is none")
+    add("--allow-change", action="store_true", help="resume although flags that change the mathematics differ")
+
+
+def refuse_changes(saved, now, keys, allowed=None):
+    """
+    Compare two dicts of flags; raises ValueError naming each of `keys` whose value differs.
+
+    allowed  the value of --allow-change, with which a difference is only told; None where it would be of no help
+    """
+    changed = "; ".join(f"--{key.replace('_', '-')} was {saved[key]!r}, is {now[key]!r}"
+                        for key in keys if key in saved and saved[key] != now[key])
+    if changed and allowed:
+        print0(f"Warning: going on with other mathematics (--allow-change): {changed}")
+    elif changed:
+        raise ValueError(f"cannot resume with other mathematics: {changed}: give the saved values, "
+                         + "pass --allow-change to go on with these, " * (allowed is not None)
+                         + "or start another run under another --model-tag")

@@ -20,8 +20,8 @@ from dataclasses import asdict
 
 import torch
 
-from nanochat.checkpoint_manager import (checkpoint_dir, delete_steps, lineage, load_checkpoint, save_checkpoint,
-                                         step_to_resume, update_meta, warn_of_changes)
+from nanochat.checkpoint_manager import (Saver, checkpoint_dir, delete_steps, hold, lineage, load_checkpoint,
+                                         step_to_resume, warn_of_changes)
 from nanochat.common import (DTYPES, compute_cleanup, compute_init, dataset_label, get_compute_dtype, init_wandb,
                              print0, print_banner, run_main)
 from nanochat.core_eval import evaluate_model
@@ -32,16 +32,16 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report, is_reported
 from nanochat.tokenizer import get_tokenizer, token_bytes_of
-from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, check_loss, check_weights,
-                               compile_model, grad_accum_steps, is_due, lr_multiplier, muon_momentum, number_problems,
-                               peak_flops, refuse_changes, sample_prompts, set_schedule, training_horizon,
-                               try_evaluation)
+from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, add_checkpoint_flags, check_loss,
+                               check_weights, compile_model, grad_accum_steps, is_due, lr_multiplier, muon_momentum,
+                               number_problems, peak_flops, refuse_changes, sample_prompts, set_schedule,
+                               training_horizon, try_evaluation)
 
-# Flags that change the mathematics of a run: a resumed run must have the saved values.
-FIXED_ON_RESUME = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "num_iterations",
-                   "target_flops", "target_param_data_ratio", "total_batch_size", "embedding_lr", "unembedding_lr",
-                   "weight_decay", "matrix_lr", "scalar_lr", "adam_beta1", "adam_beta2", "warmup_ratio",
-                   "warmdown_ratio", "final_lr_frac", "seed")
+# Flags that change the mathematics of a run: a resumed run must have the saved values, of the first always.
+SHAPE = ("depth", "aspect_ratio", "head_dim")
+FIXED_ON_RESUME = ("max_seq_len", "window_pattern", "num_iterations", "target_flops", "target_param_data_ratio",
+                   "total_batch_size", "embedding_lr", "unembedding_lr", "weight_decay", "matrix_lr", "scalar_lr",
+                   "adam_beta1", "adam_beta2", "warmup_ratio", "warmdown_ratio", "final_lr_frac", "seed")
 
 
 def build_parser():
@@ -85,8 +85,7 @@ def build_parser():
     add("--sample-every", type=int, default=2000, help="steps between samples; -1 = never")
     # checkpoints
     add("--model-tag", default=None, help="checkpoint folder; default d<depth>")
-    add("--save-every", type=int, default=-1, help="steps between checkpoints; -1 = only at the end")
-    add("--resume", action="store_true", help="go on from the newest complete checkpoint, or start when there is none")
+    add_checkpoint_flags(parser)
     add("--resume-from-step", type=int, default=-1, help="go on from the checkpoint of this step; -1 = do not")
     add("--overwrite", action="store_true",
         help="delete what stands under this tag and start over; with --resume-from-step: only the steps after that one")
@@ -104,8 +103,6 @@ def check_args(args):
     problems += number_problems(args)
     if max(args.num_iterations, args.target_flops, args.target_param_data_ratio) <= 0:
         problems.append("one of --num-iterations, --target-flops, --target-param-data-ratio must be positive")
-    if args.resume and args.overwrite:
-        problems.append("--resume and --overwrite exclude each other")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.lanes != -1 and (args.lanes < 1 or args.lanes % world_size):
         problems.append(f"--lanes must be a multiple of the {world_size} ranks, got {args.lanes}")
@@ -237,12 +234,11 @@ def totals(run, step):
 
 
 def save(run, step):
-    """Write the step durably. Every rank takes part: the data state is gathered from all."""
+    """Begin to write the step. Every rank takes part: the data state is gathered from all."""
     args, compute = run.args, run.compute
     check_weights(run.model, step)
     data_state = merge_lane_states(compute.all_gather(run.data_state)) if run.data_state else None
-    optimizer_state = run.optimizer.state_dict() # whole, on rank 0
-    save_checkpoint(run.folder, step, run.model.state_dict(), optimizer_state, {
+    run.saver.save(step, run.model, run.optimizer, {
         "step": step,
         "val_bpb": None, # rewritten once it is known
         "model_config": asdict(run.model.config),
@@ -253,9 +249,7 @@ def save(run, step):
         "loop_state": {"min_val_bpb": run.min_val_bpb, "loss_meter": run.meter.state(),
                        "total_training_time": run.speed.total_time},
         "lineage": lineage(run.tokenizer, args, compute, run.model),
-    }, rank=compute.ddp_rank, tokenizer=run.tokenizer)
-    run.saved_step = step
-    print0(f"Saved step {step} to {run.folder}")
+    }, run.tokenizer)
 
 
 def print_step(run, step, num_steps, loss, multiplier, seconds):
@@ -271,21 +265,23 @@ def train(run, batches, num_steps, accum_steps):
     """The whole of training on one page. Returns the metrics of the last evaluation."""
     args, model, optimizer, compute = run.args, run.model, run.optimizer, run.compute
     batches = itertools.chain([next(batches)], batches) # read now: bad data must be told before anything is deleted
-    if args.overwrite and compute.is_master: # only now that all else is known to be right
-        delete_steps(run.folder, after=run.saved_step)
-    run.log = MetricsLog(run.folder, run.saved_step or 0, enabled=compute.is_master)
-    with Stop() as stop:
-        for step in range(run.saved_step or 0, num_steps + 1): # one more than the steps: the end is saved, evaluated
+    with hold(run.folder, compute), Stop() as stop:
+        if args.overwrite and compute.is_master: # only now that all else is known to be right
+            delete_steps(run.folder, after=run.start_step)
+        run.log = MetricsLog(run.folder, run.start_step or 0, enabled=compute.is_master)
+        for step in range(run.start_step or 0, num_steps + 1): # one more than the steps: the end is saved, evaluated
             last_step = step == num_steps
             stopped = stop.requested(compute)
 
-            if (last_step or stopped or is_due(args.save_every, step, last_step)) and step != run.saved_step:
+            if (last_step or stopped or is_due(args.save_every, step, last_step)) and step != run.start_step:
                 save(run, step) # first: an evaluation that fails must not cost the step
+            if last_step or stopped:
+                run.saver.finish()
             if stopped:
                 sys.exit(stop.exit_code())
             metrics = evaluate(run, step, last_step)
-            if step == run.saved_step and "val/bpb" in metrics and compute.is_master:
-                update_meta(run.folder, step, val_bpb=metrics["val/bpb"])
+            if "val/bpb" in metrics:
+                run.saver.update_meta(step, val_bpb=metrics["val/bpb"])
             if last_step:
                 return metrics
 
@@ -320,7 +316,8 @@ class Run:
         loop = (meta or {}).get("loop_state", {})
         self.args, self.compute, self.tokenizer = args, compute, tokenizer
         self.model, self.optimizer, self.folder, self.lanes = model, optimizer, folder, lanes
-        self.saved_step = meta["step"] if meta else None
+        self.start_step = meta["step"] if meta else None
+        self.saver = Saver(folder, compute, self.start_step, args.keep_last)
         self.data_state = meta["dataloader_state_dict"] if meta else None
         self.min_val_bpb = loop.get("min_val_bpb")
         self.meter = LossMeter(**loop.get("loss_meter", {}))
@@ -333,7 +330,8 @@ def load_for_resume(folder, step, args, model, optimizer, tokenizer, compute):
     """Put a saved step into model and optimizer; returns its meta. Refuses another tokenizer or other mathematics."""
     weights, optimizer_state, meta = load_checkpoint(folder, step, compute.device, load_optimizer=True,
                                                      rank=compute.ddp_rank)
-    refuse_changes(meta["user_config"], vars(args), FIXED_ON_RESUME)
+    refuse_changes(meta["user_config"], vars(args), SHAPE)
+    refuse_changes(meta["user_config"], vars(args), FIXED_ON_RESUME, args.allow_change)
     trained_with = meta.get("lineage", {}).get("tokenizer", tokenizer.fingerprint())
     if trained_with != tokenizer.fingerprint():
         raise ValueError(f"step {step} in {folder} was trained with the tokenizer {trained_with[:12]}, but the base "
@@ -399,6 +397,9 @@ def main(argv=None):
     lanes = (state or {}).get("num_lanes") or max(args.lanes, compute.ddp_world_size)
     batches = pretraining_loader(tokenizer, args.device_batch_size, args.max_seq_len, "train", device=compute.device,
                                  resume_state_dict=state, num_lanes=lanes)
+    if resume_step is not None and resume_step > num_steps:
+        raise ValueError(f"{folder} is at step {resume_step} already, beyond the {num_steps} steps of this run: give "
+                         "a longer horizon, or another --model-tag")
     if resume_step == num_steps and meta["val_bpb"] is not None and is_reported("Base model training", compute):
         print0(f"Nothing to do: {folder} is complete at step {num_steps}")
         return

@@ -206,9 +206,9 @@ def train(run, train_task, val_task, num_steps):
     """The whole of training on one page: exactly num_steps steps. Returns the metrics of the last evaluation."""
     args, compute = run.args, run.compute
     run.model.losses_fn = functools.partial(policy_losses, temperature=args.temperature, top_k=args.top_k)
-    run.begin(iter([train_task[0]]))
-    with Stop() as stop:
-        for step in range(run.saved_step or 0, num_steps + 1): # one more than the updates, to save and evaluate the end
+    with run.hold(), Stop() as stop:
+        run.begin(iter([train_task[0]]))
+        for step in range(run.start_step or 0, num_steps + 1): # one more than the updates, to save and evaluate the end
             metrics = run.between_steps(step, step == num_steps, stop, lambda *due: evaluate(run, val_task, *due))
             if step == num_steps:
                 return metrics

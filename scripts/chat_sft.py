@@ -124,10 +124,10 @@ def evaluate(run, val_task, metric_tasks, step, last_step):
 
 def train(run, train_task, val_task, metric_tasks, num_steps):
     """The whole of training on one page: exactly num_steps updates. Returns the metrics of the last evaluation."""
-    batches = run.begin(run.conversation_steps(train_task, run.data_state,
-                                               conversations_per_step=run.args.target_examples_per_step))
-    with Stop() as stop:
-        for step in range(run.saved_step or 0, num_steps + 1): # one more than the updates, to save and evaluate the end
+    with run.hold(), Stop() as stop:
+        batches = run.begin(run.conversation_steps(train_task, run.data_state,
+                                                   conversations_per_step=run.args.target_examples_per_step))
+        for step in range(run.start_step or 0, num_steps + 1): # one more than the updates, to save and evaluate the end
             metrics = run.between_steps(step, step == num_steps, stop,
                                         lambda *due: evaluate(run, val_task, metric_tasks, *due))
             if step == num_steps:

@@ -114,10 +114,10 @@ def train(run, train_task, val_task):
     args, meter = run.args, LossMeter(**run.loop["loss_meter"])
     speed = Throughput(args.total_batch_size, run.model.estimate_flops(), peak_flops(run.compute),
                        run.loop["total_time"])
-    batches = run.begin(prefetched(run.conversation_steps(
-        train_task, run.data_state, rows_per_step=args.total_batch_size // run.seq_len, learn_all=True)))
-    with Stop() as stop:
-        for step in itertools.count(run.saved_step or 0):
+    with run.hold(), Stop() as stop:
+        batches = run.begin(prefetched(run.conversation_steps(
+            train_task, run.data_state, rows_per_step=args.total_batch_size // run.seq_len, learn_all=True)))
+        for step in itertools.count(run.start_step or 0):
             progress = progress_of(run, step, len(train_task))
             run.between_steps(step, progress >= 1, stop, lambda *due: evaluate(run, val_task, *due))
             if progress >= 1:
@@ -156,7 +156,7 @@ def main(argv=None):
                "need more memory than there is")
     train_task, val_task = build_mixture(args), build_validation()
     if run.finished:
-        print0(f"Nothing to do: {run.folder} is complete at step {run.saved_step}")
+        print0(f"Nothing to do: {run.folder} is complete at step {run.start_step}")
     else:
         run.compile()
         num_steps = train(run, train_task, val_task)

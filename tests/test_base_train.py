@@ -9,12 +9,14 @@ import time
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import complete_steps
+from nanochat.checkpoint_manager import complete_steps, hold
+from nanochat.common import Compute, UserError
 from scripts import base_train
 
 TINY = ("--device-type=cpu --compile=off --depth=2 --aspect-ratio=16 --head-dim=16 --max-seq-len=32 "
         "--device-batch-size=4 --total-batch-size=256 --eval-tokens=256 --core-metric-every=-1 "
         "--sample-every=-1").split()
+ONE_RANK = Compute(False, 0, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,42 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(base_dir):
     assert losses(base_dir, "straight") == losses(base_dir, "cut")
     assert meta(base_dir, "straight", 8)["val_bpb"] == meta(base_dir, "cut", 8)["val_bpb"]
     assert meta(base_dir, "straight", 8)["dataloader_state_dict"] == meta(base_dir, "cut", 8)["dataloader_state_dict"]
+
+
+def test_other_mathematics_only_where_it_is_allowed_and_another_shape_never(base_dir, capsys):
+    flags = ["--model-tag=change", "--num-iterations=4", "--eval-every=-1", "--resume"]
+    train(*flags[:1], "--num-iterations=2", "--eval-every=-1")
+    with pytest.raises(ValueError, match="--num-iterations was 2, is 4; --matrix-lr was 0.02, is 0.5: .*allow-change"):
+        train(*flags, "--matrix-lr=0.5")
+    with pytest.raises(ValueError, match="--depth was 2, is 3: give the saved values, or start another run"):
+        train(*flags, "--depth=3", "--allow-change")
+    with pytest.raises(ValueError, match="is at step 2 already, beyond the 1 steps of this run"):
+        train(*flags, "--num-iterations=1", "--allow-change")
+    capsys.readouterr()
+    train(*flags, "--matrix-lr=0.5", "--allow-change")
+    assert "Warning: going on with other mathematics (--allow-change): --num-iterations" in capsys.readouterr().out
+    assert complete_steps(folder(base_dir, "change")) == [2, 4]
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_run(base_dir, monkeypatch, capsys):
+    save, failed = torch.save, []
+
+    def full_once(data, file):
+        if "000002" in file.name and not failed:
+            failed.append(file.name)
+            raise OSError(28, "No space left on device")
+        save(data, file)
+
+    monkeypatch.setattr(torch, "save", full_once)
+    train("--model-tag=full", "--num-iterations=5", "--save-every=1", "--keep-last=3", "--eval-every=-1")
+    assert failed and complete_steps(folder(base_dir, "full")) == [3, 4, 5]
+    assert "Warning: could not save step 2" in capsys.readouterr().out
+
+
+def test_a_second_run_on_a_tag_is_refused(base_dir):
+    with hold(folder(base_dir, "busy"), ONE_RANK), pytest.raises(UserError, match="another run is at work in"):
+        train("--model-tag=busy", "--num-iterations=1")
+    train("--model-tag=busy", "--num-iterations=1", "--eval-every=-1")
 
 
 def test_going_back_deletes_exactly_the_later_steps_and_only_if_told_to(base_dir, capsys):

@@ -246,7 +246,7 @@ def test_the_script_saves_under_its_sources_tag_with_full_lineage(filled, tokeni
     assert meta["lineage"]["parent"]["source"] == "base" and meta["lineage"]["tokenizer"] == tokenizer.fingerprint()
     assert meta["model_config"]["sequence_len"] == 64 and meta["max_seq_len"] == 256
     assert 0 < meta["val_loss"] < 10 and 0 <= meta["mmlu_acc"] <= 1 and 0 <= meta["arc_easy_acc"] <= 1
-    assert sorted(os.listdir(folder)) == ["meta_000004.json", "metrics.jsonl", "model_000004.pt", "tokenizer"]
+    assert sorted(os.listdir(folder)) == [".lock", "meta_000004.json", "metrics.jsonl", "model_000004.pt", "tokenizer"]
     out = capsys.readouterr().out
     assert "SimpleSpelling train" in out and "Saved step 4" in out and "Conversations split: 0" in out
 

@@ -6,6 +6,9 @@ import logging
 import os
 import pickle
 import re
+import subprocess
+import sys
+import threading
 from dataclasses import asdict
 
 import pytest
@@ -17,6 +20,7 @@ from nanochat.common import Compute, UserError, write_json
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 
+ONE_RANK = Compute(False, 0, 0, 1, torch.device("cpu"))
 CONFIG = GPTConfig(sequence_len=16, vocab_size=270, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL")
 IDS = torch.arange(24).view(2, 12) * 7 % 270
 
@@ -392,13 +396,14 @@ def test_shards_load_only_at_the_number_of_ranks_that_wrote_them(base):
 def _save_as_rank(rank, world_size, folder, port, fail):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-    if fail and rank == 1:
+    if fail and rank == 0:
         torch.save = lambda data, file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    saver = cm.Saver(folder, Compute(True, rank, rank, world_size, torch.device("cpu")))
+    model = torch.nn.Linear(2, 2)
+    saver.save(1, model, None, {"model_config": {}}, None)
     try:
-        own = {"rank": torch.tensor(rank)}
-        cm.save_checkpoint(folder, 1, {"w": torch.ones(2)}, own, {"model_config": {}}, rank=rank)
-        loaded = cm.load_checkpoint(folder, cm.last_sound_step(folder), "cpu", load_optimizer=True, rank=rank)
-        assert not fail and loaded[1]["rank"] == rank and loaded[2]["world_size"] == world_size
+        saver.finish()
+        assert not fail and cm.load_checkpoint(folder, cm.last_sound_step(folder), "cpu")[2]["world_size"] == world_size
     except UserError as error:
         assert fail and "No space left" in str(error)
     torch.distributed.destroy_process_group()
@@ -413,11 +418,80 @@ def free_port():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fail", [False, True])
-def test_two_ranks_save_together_or_not_at_all(base, fail):
+def test_two_ranks_learn_together_whether_a_step_was_saved(base, fail):
     folder = str(base / "run")
     mp.spawn(_save_as_rank, (2, folder, free_port(), fail), nprocs=2)
-    expected = ["meta_000001.json", "model_000001.pt", "optim_000001_rank0.pt", "optim_000001_rank1.pt"]
-    assert names(folder) == ([] if fail else expected)
+    assert names(folder) == ([] if fail else ["meta_000001.json", "model_000001.pt"])
+
+
+# ---- in the background ----
+
+def save_in_background(saver, step, model=None):
+    model = model or make_model(step)
+    saver.save(step, model, None, {"model_config": asdict(CONFIG)}, None)
+    return model
+
+
+def test_a_step_is_saved_as_it_was_while_training_goes_on_and_told_when_it_is_durable(base, monkeypatch, capsys):
+    folder, saver, go_on = str(base / "run"), cm.Saver(str(base / "run"), ONE_RANK), threading.Event()
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: go_on.wait(60) and replace(*names))
+    model = save_in_background(saver, 1)
+    before = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    assert saver.saved_step is None and cm.complete_steps(folder) == [] and "Saved" not in capsys.readouterr().out
+    go_on.set()
+    saver.finish()
+    assert saver.saved_step == 1 and "Saved step 1" in capsys.readouterr().out
+    assert torch.equal(cm.load_checkpoint(folder, 1, "cpu")[0]["lm_head.weight"], before)
+
+
+def test_a_failed_save_costs_neither_the_run_nor_the_older_steps(base, monkeypatch, capsys):
+    saver = cm.Saver(str(base / "run"), ONE_RANK)
+    save_in_background(saver, 1)
+    saver.finish()
+    with monkeypatch.context() as full:
+        disk_full_after(1000, full)
+        save_in_background(saver, 2)
+        saver._wait()
+    saver.update_meta(2, val_bpb=1.0) # of a step that is not there: nothing
+    assert "Warning: could not save step 2" in capsys.readouterr().out and saver.saved_step == 1
+    with pytest.raises(UserError, match="could not save step 2 .*No space left"):
+        saver.finish()
+    save_in_background(saver, 3)
+    saver.update_meta(3, val_bpb=1.5)
+    saver.finish()
+    assert cm.complete_steps(str(base / "run")) == [1, 3]
+    assert cm.load_checkpoint(str(base / "run"), 3, "cpu")[2]["val_bpb"] == 1.5
+
+
+def test_only_the_last_steps_are_kept_once_the_new_one_is_durable(base, monkeypatch):
+    saver, seen = cm.Saver(str(base / "run"), ONE_RANK, keep_last=2), []
+    for step in (1, 2, 3, 4):
+        save_in_background(saver, step)
+        saver.finish()
+        seen.append(cm.complete_steps(str(base / "run")))
+    assert seen == [[1], [1, 2], [2, 3], [3, 4]] and len(names(base / "run")) == 4
+    disk_full_after(10, monkeypatch)
+    save_in_background(saver, 5)
+    saver._wait()
+    assert cm.complete_steps(str(base / "run")) == [3, 4], "a step that failed takes no place"
+
+
+def test_a_second_run_is_kept_out_for_as_long_as_the_first_lives(base):
+    """The first is another process, which is killed: its lock goes with it."""
+    folder = str(base / "run")
+    code = ("from tests.test_checkpoint_manager import ONE_RANK, cm\n"
+            f"with cm.hold({folder!r}, ONE_RANK):\n    print('held', flush=True)\n    input()")
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another run is at work in .*run: wait for its end, or choose another"), \
+                cm.hold(folder, ONE_RANK):
+            pass
+        first.kill()
+    with cm.hold(folder, ONE_RANK):
+        pass
 
 
 # ---- which model when none is named ----
