@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dev import scaling
+from dev import bench_distributed, scaling
 from nanochat.common import Compute
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import share_out
@@ -140,3 +140,18 @@ def test_the_tables(capsys):
         scaling.main(["--mfu", "0", "--ranks", "1"])
     text = capsys.readouterr().err
     assert stop.value.code == 2 and "--mfu must be positive, got 0.0; --ranks must be at least 2, got 1" in text
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_several_processes(capfd):
+    flags = "--depth 1 --vocab-size 256 --total-batch-size 1024 --device-batch-size 1 --turns 1 --steps 1"
+    bench_distributed.main(flags.split())
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    whole = result["state_bytes"]["1"][0]
+    for num in (2, 4):
+        assert len(result["state_bytes"][str(num)]) == num and max(result["state_bytes"][str(num)]) < 1.05 * whole / num
+    assert result["ratio"] > 0
+    with pytest.raises(SystemExit):
+        bench_distributed.main(["--total-batch-size", "1000", "--turns", "0"])
+    error = capfd.readouterr().err
+    assert "--turns must be at least 1, got 0; --total-batch-size must be a multiple of 1024, got 1000" in error
