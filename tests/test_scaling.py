@@ -144,7 +144,7 @@ def test_the_tables(capsys):
 
 @pytest.mark.slow
 def test_the_benchmark_of_several_processes(capfd):
-    flags = "--depth 1 --vocab-size 256 --total-batch-size 1024 --device-batch-size 1 --turns 1 --steps 1"
+    flags = "--depth 4 --vocab-size 256 --total-batch-size 1024 --device-batch-size 1 --turns 1 --steps 1"
     bench_distributed.main(flags.split())
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
     whole = result["state_bytes"]["1"][0]
