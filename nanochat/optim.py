@@ -10,6 +10,8 @@ MuonAdamW: one optimizer for all parameters of a model, on one rank or many.
 
 Hyper-parameters are read from the groups at every step, so schedules just assign to them.
 """
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch.optim.adamw import adamw
@@ -71,20 +73,77 @@ def muon_update(p, grad, momentum_buffer, second_momentum_buffer, lr, momentum, 
     return (weight - eta * x - eta * weight_decay * weight * agree).to(p.dtype)
 
 
-def mean_scatter(tensor, chunk):
+# -----------------------------------------------------------------------------
+# Who updates what, with W ranks
+
+class Unit(NamedTuple):
     """
-    Begin to average `tensor` (n, ...) over the ranks. Returns (handle, out): after handle.wait() and a division by the
-    number of ranks, out (chunk, ...) holds this rank's rows, R chunk .. (R+1) chunk, zeros beyond n.
+    What is updated together, in rows: the matrices of a Muon group, or the rows of one AdamW parameter.
+
+    Rank R owns the rows R even .. (R+1) even - 1, and rank owners[j] the row W even + j, one of those left over.
+    `even` is None where every rank updates the whole.
     """
-    world_size = dist.get_world_size()
-    out = tensor.new_empty((chunk, *tensor.shape[1:]))
-    return dist.reduce_scatter_tensor(out, padded(tensor, chunk * world_size), async_op=True), out
+    group_idx: int
+    param_idx: int      # of its first parameter, as state_dict numbers them
+    params: list
+    num_rows: int
+    even: int | None
+    owners: tuple
+
+    def own(self, rows, rank):
+        """What `rank` updates of `rows`, a tensor or a list, in one or two pieces of the same kind."""
+        if self.even is None:
+            yield rows
+            return
+        yield rows[rank * self.even:(rank + 1) * self.even]
+        if rank in self.owners:
+            i = self.num_rows - len(self.owners) + self.owners.index(rank)
+            yield rows[i:i + 1]
+
+
+def share_out(param_groups, world_size):
+    """
+    The plan of every step: Units in the order of the groups. Nothing is padded, so no byte is sent in vain; a row that
+    is left over goes to a rank that has fewest of them, counted in numbers.
+    """
+    load, units, param_idx = [0] * world_size, [], 0
+    for i, group in enumerate(param_groups):
+        for params in [group["params"]] if group["kind"] == "muon" else [[p] for p in group["params"]]:
+            num_rows = len(params) if group["kind"] == "muon" else (*params[0].shape, 1)[0]
+            even, owners = None, ()
+            if world_size > 1 and (group["kind"] == "muon" or params[0].numel() >= SMALL):
+                even, num_left = divmod(num_rows, world_size)
+                owners = tuple(sorted(range(world_size), key=load.__getitem__)[:num_left])
+                for rank in owners:
+                    load[rank] += sum(p.numel() for p in params) // num_rows
+            units.append(Unit(i, param_idx, params, num_rows, even, owners))
+            param_idx += len(params)
+    return units
+
+
+def sum_scatter(rows):
+    """
+    Begin to add `rows` (W even, ...) up over the W ranks; returns a function that waits and gives this rank's sums
+    (even, ...). gloo's own reduce-scatter is an all-reduce inside, twice the bytes: there each rank adds up for itself.
+    """
+    if not len(rows):
+        return lambda: rows
+    parts = rows.view(dist.get_world_size(), -1, *rows.shape[1:])
+    if dist.get_backend() == "gloo":
+        received = torch.empty_like(parts)
+        handle = dist.all_to_all_single(received, parts, async_op=True)
+    else:
+        received = torch.empty_like(parts[:1])
+        handle = dist.reduce_scatter_single(received, parts, async_op=True)
+
+    def wait():
+        handle.wait()
+        return received.sum(0)
+    return wait
 
 
 def padded(tensor, num_rows):
-    """`tensor` (n, ...) with rows of zeros up to num_rows, contiguous; itself when there is nothing to add."""
-    if len(tensor) == num_rows:
-        return tensor.contiguous()
+    """`tensor` (n, ...) with rows of zeros up to num_rows."""
     return torch.cat([tensor, tensor.new_zeros((num_rows - len(tensor), *tensor.shape[1:]))])
 
 
@@ -95,9 +154,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     With a process group of W ranks, gradients are averaged over them inside `step()`; there is no wrapper around the
     model. Work and state are shared out as in ZeRO-2 (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054): a
-    rank averages, updates and sends only its part, which is ceil(n / W) of the n rows of an AdamW parameter or of the n
-    matrices of a Muon group. Any W will do: the last parts may be short or empty, padded with zeros. AdamW parameters
-    of fewer than SMALL numbers are updated everywhere. What is sent overlaps with what is computed.
+    rank averages, updates and sends only what it owns, n / W of the n rows of an AdamW parameter or of the n matrices
+    of a Muon group, rounded down or up. Any W will do (see `share_out`). AdamW parameters of fewer than SMALL numbers
+    are updated everywhere. What is sent overlaps with what is computed.
 
     A missing gradient is skipped by AdamW and counts as zero in Muon and on several ranks.
     Raises ValueError for an unknown kind or a Muon group of mixed shapes.
@@ -113,6 +172,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 raise ValueError(f"the kind of a parameter group must be adamw or muon, got {group.get('kind')!r}")
             if group["kind"] == "muon" and (len(shapes) != 1 or len(next(iter(shapes))) != 2):
                 raise ValueError(f"a muon group must hold matrices of one shape, got {sorted(map(tuple, shapes))}")
+        self.units = share_out(self.param_groups, self.world_size)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -123,76 +183,84 @@ class MuonAdamW(torch.optim.Optimizer):
                 loss = closure()
         # Three phases: all gradients set out at once; each unit is updated when its gradient is there and sets out
         # again; whatever is still on its way is waited for. The ranks agree on the order, whatever each computed.
-        averaging = [(group, params, self._average(group, params)) for group in self.param_groups
-                     for params in self._units(group)]
-        arriving = [self._update(group, params, average()) for group, params, average in averaging]
+        averaging = [(unit, self._average(unit)) for unit in self.units]
+        arriving = [self._update(unit, average()) for unit, average in averaging]
         for finish in filter(None, arriving):
             finish()
         return loss
 
-    def _units(self, group):
-        """What is updated together: each parameter of an AdamW group alone, all of a Muon group."""
-        return [group["params"]] if group["kind"] == "muon" else [[p] for p in group["params"]]
+    def _is_muon(self, unit):
+        return self.param_groups[unit.group_idx]["kind"] == "muon"
 
-    def _is_shared_out(self, group, params):
-        return self.world_size > 1 and (group["kind"] == "muon" or params[0].numel() >= SMALL)
-
-    def _part(self, num_rows):
-        """(first row, end, size of a whole part) of this rank's part of num_rows."""
-        chunk = -(-num_rows // self.world_size)
-        return min(self.rank * chunk, num_rows), min((self.rank + 1) * chunk, num_rows), chunk
-
-    def _average(self, group, params):
+    def _average(self, unit):
         """Begin to average a unit's gradients. Returns a function that waits and gives this rank's part, or None."""
-        def whole_gradient():
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            return torch.stack(grads) if group["kind"] == "muon" else grads[0]
+        def gradient():
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in unit.params]
+            return torch.stack(grads) if self._is_muon(unit) else grads[0]
 
         if self.world_size == 1: # nothing to wait for: made when it is needed
-            return whole_gradient if group["kind"] == "muon" else lambda: params[0].grad
-        whole = whole_gradient()
-        if self._is_shared_out(group, params):
-            handle, part = mean_scatter(whole, self._part(len(whole))[2])
+            return gradient if self._is_muon(unit) else lambda: unit.params[0].grad
+        whole = gradient()
+        shared = unit.even is not None
+        num_even = unit.even * self.world_size if shared else 0
+        rest = whole[num_even:].clone() if shared else whole.clone() # summed in place: the gradient is its owner's
+        if shared:
+            block = sum_scatter(whole[:num_even].contiguous())
+            handles = [dist.reduce(row, owner, async_op=True) for row, owner in zip(rest, unit.owners)]
         else:
-            part = whole.clone() # the gradient itself is its owner's
-            handle = dist.all_reduce(part, async_op=True)
+            handles = [dist.all_reduce(rest, async_op=True)]
 
         def wait():
-            handle.wait()
+            for handle in handles:
+                handle.wait()
+            part = rest
+            if shared:
+                left = [j for j, owner in enumerate(unit.owners) if owner == self.rank]
+                part = torch.cat([block(), rest[left]]) if left else block()
             return part.div_(self.world_size) # SUM and a division, because gloo has no AVG
         return wait
 
-    def _update(self, group, params, grad):
+    def _update(self, unit, grad):
         """
         Update this rank's part of a unit and begin to send it; returns a function that puts all parts in place, or
         None for a unit that is whole here.
         """
-        whole = torch.stack([p.detach() for p in params]) if group["kind"] == "muon" else params[0]
-        if not self._is_shared_out(group, params):
-            self._step(group, params, whole, grad)
-            return self._put(group, params, whole)
-        first, end, chunk = self._part(len(whole))
-        part = padded(whole[first:end], chunk)
-        self._step(group, params, part, grad)
-        gathered = part.new_empty((chunk * self.world_size, *part.shape[1:]))
-        handle = dist.all_gather_into_tensor(gathered, part, async_op=True)
+        table = None if self._is_muon(unit) else unit.params[0].detach()
+        pieces = list(unit.own(unit.params if table is None else table, self.rank))
+        if table is None:
+            part = torch.stack(sum(pieces, [])) if len(grad) else grad
+        else:
+            part = torch.cat(pieces) if len(pieces) > 1 else pieces[0] # alone it is a view: updated where it is
+        self._step(unit, part, grad)
+        if unit.even is not None:
+            return self._send(unit, table, part)
+        for p, updated in zip(unit.params, part if table is None else []):
+            p.copy_(updated)
+
+    def _send(self, unit, table, part):
+        """Begin to send this rank's part of a unit to the others; returns a function that puts all parts in place."""
+        num_even = unit.even * self.world_size
+        whole = part.new_empty((num_even, *part.shape[1:])) if table is None else table[:num_even]
+        rest = part.new_empty((len(unit.owners), *part.shape[1:]))
+        handles = [dist.all_gather_single(whole, part[:unit.even], async_op=True)] if unit.even else []
+        for row, owner in zip(rest, unit.owners):
+            if owner == self.rank:
+                row.copy_(part[unit.even])
+            handles.append(dist.broadcast(row, owner, async_op=True))
 
         def finish():
-            handle.wait()
-            whole.copy_(gathered[:len(whole)])
-            self._put(group, params, whole)
+            for handle in handles:
+                handle.wait()
+            rows, updated = (unit.params, [*whole, *rest]) if table is None else (table[num_even:], rest)
+            for row, new in zip(rows, updated):
+                row.copy_(new)
         return finish
 
-    def _put(self, group, params, whole):
-        if group["kind"] == "muon":
-            for p, updated in zip(params, whole.unbind(0)):
-                p.copy_(updated)
-
-    def _step(self, group, params, part, grad):
+    def _step(self, unit, part, grad):
         """Update `part` in place with the state of its unit, which is kept under the unit's first parameter."""
         if grad is None:
             return
-        state = self.state[params[0]]
+        group, state = self.param_groups[unit.group_idx], self.state[unit.params[0]]
         if group["kind"] == "adamw":
             self._step_adamw(group, state, part, grad)
             return
@@ -222,38 +290,33 @@ class MuonAdamW(torch.optim.Optimizer):
         A copy, on the CPU, of the state as one rank alone would have it, so that it loads at any number of ranks.
         With several ranks all of them must call this; rank 0 gets the state, the others None.
         """
-        saved, shared = super().state_dict(), dict(self._shared_units())
+        saved, shared = super().state_dict(), {unit.param_idx: unit for unit in self._shared_units()}
         for i, state in sorted(saved["state"].items()): # the ranks gather in the same order
-            saved["state"][i] = {name: self._whole(value, shared.get(i)) for name, value in sorted(state.items())}
+            saved["state"][i] = {name: self._whole(shared.get(i), value) if torch.is_tensor(value) else value
+                                 for name, value in sorted(state.items())}
         return saved if self.rank == 0 else None
 
-    def _whole(self, part, num_rows):
-        """On rank 0 a copy of the tensor (num_rows, ...) of which each rank has a part; None: of `part`, whole here."""
-        if not torch.is_tensor(part):
-            return part
-        if num_rows is not None:
-            gathered = part.new_empty((len(part) * self.world_size, *part.shape[1:]))
-            dist.all_gather_into_tensor(gathered, part)
-            part = gathered[:num_rows]
+    def _whole(self, unit, part):
+        """On rank 0 a copy of the whole of which `part` is this rank's; it is whole already where `unit` is None."""
+        if unit is not None:
+            longest = padded(part, unit.even + bool(unit.owners))
+            gathered = part.new_empty((self.world_size, *longest.shape))
+            dist.all_gather_single(gathered.flatten(0, 1), longest)
+            left = gathered[list(unit.owners), unit.even:]
+            part = torch.cat([gathered[:, :unit.even].flatten(0, 1), left.flatten(0, 1)])
         return part.to("cpu", copy=True) if self.rank == 0 else None
 
     def load_state_dict(self, state_dict):
         """Take this rank's part of a whole state."""
         parts = dict(state_dict["state"])
-        for i, num_rows in self._shared_units():
-            first, end, chunk = self._part(num_rows)
-            parts[i] = {name: padded(value[first:end], chunk).clone() if torch.is_tensor(value) else value
+        for unit in self._shared_units():
+            i = unit.param_idx
+            parts[i] = {name: torch.cat(list(unit.own(value, self.rank))) if torch.is_tensor(value) else value
                         for name, value in parts.get(i, {}).items()}
         super().load_state_dict({**state_dict, "state": {i: state for i, state in parts.items() if state}})
 
     def _shared_units(self):
-        """(number of the first parameter, rows) of each unit that is shared out, as state_dict numbers parameters."""
-        i = 0
-        for group in self.param_groups:
-            for params in self._units(group):
-                if self._is_shared_out(group, params):
-                    yield i, len(params) if group["kind"] == "muon" else len(params[0])
-                i += len(params)
+        return [unit for unit in self.units if unit.even is not None]
 
 
 DistMuonAdamW = MuonAdamW # earlier versions had a second class for several ranks

@@ -15,7 +15,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError, atomic_write, finite, get_peak_flops, is_ddp_initialized, print0
+from nanochat.common import (UserError, atomic_write, finite, get_peak_flops, is_ddp_initialized, is_ddp_requested,
+                             print0)
 from nanochat.gpt import Block, token_losses
 
 # What a base model is asked to continue, to see at a glance what it has learned.
@@ -246,7 +247,10 @@ class MetricsLog:
 
 
 class Stop:
-    """Notes SIGTERM and Ctrl-C, so that the loop can finish its step, save and leave. A second Ctrl-C leaves now."""
+    """
+    Notes SIGTERM and Ctrl-C, so that the loop can finish its step, save and leave. A second Ctrl-C leaves now; but not
+    under torchrun, which passes on to its processes what they have often been sent already.
+    """
 
     def __init__(self):
         self.signal = None
@@ -257,7 +261,9 @@ class Stop:
 
     def _note(self, number, frame):
         if self.signal is not None:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT and not is_ddp_requested():
+                raise KeyboardInterrupt
+            return
         self.signal = number
         print0(f"{signal.Signals(number).name}: finishing this step, then saving")
 

@@ -12,11 +12,13 @@
 if [[ "${NPROC_PER_NODE:-1}" -gt 1 ]]; then export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
 
 # stage NAME COMMAND...: run COMMAND, unless this very command, after the same stages before it, is already complete in this base
-# directory. A failed stage ends the run file; running the file again goes on there.
+# directory. A failed stage ends the run file; running the file again goes on there. With several nodes, which must share the base
+# directory, a COMMAND that is not across_nodes is run by node 0 alone, and the others wait for its mark.
 STAGE_CHAIN=""
 stage() {
-    local name="$1" started="$SECONDS" code=0 line stamp
+    local name="$1" started="$SECONDS" code=0 node=0 line stamp
     shift
+    if [[ "${NNODES:-1}" -gt 1 ]]; then node="$NODE_RANK"; fi
     line="$(printf '%q ' "$@")"
     STAGE_CHAIN="$(printf '%s\n' "$STAGE_CHAIN" "$name $line" | cksum)" # a changed stage makes those after it run again
     stamp="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/.stages/$name"
@@ -24,14 +26,28 @@ stage() {
         echo "=== $name: complete already"
         return 0
     fi
+    if [[ "$node" -gt 0 && "$1" != across_nodes ]]; then
+        echo "=== $name: waiting for node 0"
+        until [[ -f "$stamp" && "$(cat "$stamp")" == "$line"$'\n'"$STAGE_CHAIN" ]]; do
+            if [[ "${stamp%/*}/failed" -nt "${stamp%/*}/node$node" ]]; then # since this node has joined
+                echo "=== $name: node 0 failed; to go on from here, run this again on all nodes" >&2
+                exit 1
+            fi
+            sleep "${NODE_POLL:-5}"
+        done
+        return 0
+    fi
     echo "=== $name: $line"
     "$@" || code=$?
     if [[ $code -ne 0 ]]; then
         echo "=== $name: failed with exit code $code after $((SECONDS - started)) s; to go on from here, run it again" >&2
+        if [[ "${NNODES:-1}" -gt 1 && "$node" -eq 0 ]]; then touch "${stamp%/*}/failed"; fi
         exit "$code"
     fi
-    mkdir -p "${stamp%/*}"
-    printf '%s\n' "$line" "$STAGE_CHAIN" > "$stamp.new" && mv "$stamp.new" "$stamp"
+    if [[ "$node" -eq 0 ]]; then
+        mkdir -p "${stamp%/*}"
+        printf '%s\n' "$line" "$STAGE_CHAIN" > "$stamp.new" && mv "$stamp.new" "$stamp"
+    fi
     echo "=== $name: done in $((SECONDS - started)) s"
 }
 

@@ -2,8 +2,10 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,18 @@ def test_from_nothing_to_a_chat_and_again_where_it_was_cut_off(repository, tmp_p
     assert third.returncode == 0 and "done in" not in third.stdout
 
 
+def check_command(line):
+    """Parse `python -m MODULE ...` less its -m, words set apart by tabs, as the program would; returns its name."""
+    _, module, *arguments = [word for word in line.rstrip("\t").split("\t") if word != "--"]
+    program = importlib.import_module(module)
+    if module == "nanochat.report":
+        assert arguments in (["reset"], ["generate"])
+    else:
+        args = program.build_parser().parse_args(arguments)
+        assert not vars(args) or program.check_args(args) == [], line
+    return module.rpartition(".")[2]
+
+
 @pytest.mark.parametrize("name", ["speedrun.sh", "run1000.sh", "runcpu.sh"])
 @pytest.mark.parametrize("data", ["tinyworld", "fineweb-edu"])
 def test_every_command_of_a_run_file_has_valid_flags(tmp_path, name, data):
@@ -61,16 +75,122 @@ def test_every_command_of_a_run_file_has_valid_flags(tmp_path, name, data):
     done = subprocess.run(["bash", f"runs/{name}"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
                           env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path), "DATA": data, "RL": "1"})
     assert done.returncode == 0, done.stderr
-    modules = []
-    for line in (tmp_path / "commands").read_text().splitlines():
-        _, module, *arguments = [word for word in line.rstrip("\t").split("\t") if word != "--"]
-        modules.append(module.rpartition(".")[2])
-        program = importlib.import_module(module)
-        if module == "nanochat.report":
-            assert arguments in (["reset"], ["generate"])
-        else:
-            args = program.build_parser().parse_args(arguments)
-            assert not vars(args) or program.check_args(args) == [], line
+    modules = [check_command(line) for line in (tmp_path / "commands").read_text().splitlines()]
     for stage in ("tok_train", "base_train", "base_eval", "mid_train", "chat_sft", "chat_rl"):
         assert modules.count(stage) == 1, stage
     assert modules.count("chat_eval") == 3 and modules.count("report") == 2
+
+
+# ---- several nodes: run files of which each writes its commands to a file, with the real `stage` ----
+
+STAND_INS = """
+log() { printf '%s\\n' "$(printf '%s\\t' "$@")" >> "$NANOCHAT_BASE_DIR/commands$NODE_RANK"; }
+python() { sleep 0.05; log python "$@"; [[ "$*" != *"${FAILS:-nothing fails}"* ]]; }
+torchrun() { # all nodes meet in it
+    log torchrun "$@"
+    until [[ "$(grep -c ^torchrun "$NANOCHAT_BASE_DIR/commands$((1 - NODE_RANK))")" -ge \\
+        "$(grep -c ^torchrun "$NANOCHAT_BASE_DIR/commands$NODE_RANK")" ]]; do sleep 0.02; done 2>/dev/null
+}
+"""
+
+
+def ends(*nodes):
+    """Wait for started nodes; returns [(exit code, standard output, standard error)]."""
+    texts = [node.communicate(timeout=60) for node in nodes]
+    return [(node.returncode, *text) for node, text in zip(nodes, texts)]
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    """A function that starts the run file on a node; `base` is shared, unless a node is given its own."""
+    shutil.copytree(ROOT / "runs", tmp_path / "runs")
+    stage = re.search(r"^STAGE_CHAIN=.*?^}$", (ROOT / "runs" / "setup.sh").read_text(), re.MULTILINE | re.DOTALL)[0]
+    (tmp_path / "runs" / "setup.sh").write_text(STAND_INS + stage)
+    (tmp_path / "base").mkdir()
+
+    def start(rank, name="speedrun.sh", base=tmp_path / "base", **settings):
+        environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "NNODES": "2", "NODE_RANK": str(rank),
+                       "MASTER_ADDR": "first", "NODE_POLL": "0.05", "NODE_TIMEOUT": "60", "RL": "1", **settings}
+        return subprocess.Popen(["bash", f"runs/{name}"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True)
+    return start
+
+
+@pytest.mark.parametrize("name", ["speedrun.sh", "run1000.sh"])
+def test_two_nodes_share_the_work(nodes, tmp_path, monkeypatch, name):
+    """One process's stages on node 0 alone, the others on both, with the same command but for the rank, in order."""
+    second = nodes(1, name)
+    time.sleep(0.3)
+    results = ends(nodes(0, name), second)
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert "=== tokenizer: waiting for node 0" in results[1][1]
+    monkeypatch.setenv("WORLD_SIZE", "16") # so that sizes are checked against all ranks
+    alone, shared = [], []
+    for line in (tmp_path / "base" / "commands0").read_text().splitlines():
+        if line.startswith("torchrun"):
+            _, *flags = line.rstrip("\t").partition("\t-m\t")[0].split("\t")
+            assert flags == ["--nnodes=2", "--node-rank=0", "--master-addr=first", "--master-port=29500",
+                             "--rdzv-conf=timeout=60", "--nproc-per-node=8"]
+            shared.append(line)
+            check_command("-m\t" + line.partition("\t-m\t")[2])
+        else:
+            alone.append(check_command(line.removeprefix("python\t")))
+    assert sorted(alone) == ["dataset", "dataset", "report", "report", "tok_eval", "tok_train"]
+    assert len(shared) == 9
+    of_second = (tmp_path / "base" / "commands1").read_text().splitlines()
+    assert of_second == [line.replace("--node-rank=0", "--node-rank=1") for line in shared]
+
+
+def test_a_second_run_finds_everything_complete_on_both_nodes(nodes, tmp_path):
+    for again in range(2):
+        both = ends(nodes(0, MASTER_ADDR=f"host{again}"), nodes(1, MASTER_ADDR=f"host{again}"))
+        assert [code for code, _, _ in both] == [0, 0]
+    assert (tmp_path / "base" / "commands1").read_text().count("scripts.base_train") == 1
+    assert both[1][1].count("complete already") == both[0][1].count("complete already") == 15
+
+
+def test_shards_on_a_disk_of_each_node_are_downloaded_by_each(nodes, tmp_path):
+    (tmp_path / "base" / "base_data").symlink_to(tmp_path)
+    assert [code for code, _, _ in ends(nodes(0), nodes(1))] == [0, 0]
+    first = (tmp_path / "base" / "commands1").read_text().splitlines()[0]
+    assert first.rstrip("\t").split("\t") == ["python", "-m", "nanochat.dataset", "-n", "280"]
+
+
+def test_the_others_end_when_node_0_fails_and_when_a_node_does_not_come(nodes, tmp_path):
+    both = ends(nodes(0, FAILS="tok_train"), nodes(1))
+    assert [code for code, _, _ in both] == [1, 1]
+    assert "tokenizer: node 0 failed; to go on from here, run this again on all nodes" in both[1][2]
+    apart = ends(*(nodes(rank, base=tmp_path / f"disk{rank}", NODE_TIMEOUT="1") for rank in (0, 1)))
+    for rank, (code, _, error) in enumerate(apart):
+        assert code == 2 and f"node {1 - rank} has not come to {tmp_path}/disk{rank} in" in error
+    for code, _, error in ends(nodes(0, MASTER_ADDR=""), nodes(2)):
+        assert code == 2 and "set MASTER_ADDR to the host of node 0" in error
+
+
+def test_slurm_starts_a_node_each_and_queues_a_stopped_job_again(tmp_path):
+    """With stand-ins for Slurm's programs, and a run file that tells its settings and waits to be stopped."""
+    shutil.copytree(ROOT / "runs", tmp_path / "runs")
+    (tmp_path / "runs" / "told.sh").write_text(
+        'trap "kill \\$!; exit 143" TERM\n'
+        'echo "$NNODES $NODE_RANK $MASTER_ADDR $MASTER_PORT" > "told$NODE_RANK"; sleep 60 & wait\n')
+    programs = {
+        "srun": 'shift\npids=""\nfor rank in 0 1; do SLURM_PROCID=$rank "$@" & pids="$pids $!"; done\n'
+                'echo $pids > pids\ncode=0\nfor pid in $pids; do wait $pid || code=$?; done\nexit $code\n',
+        "scontrol": 'if [ "$1" = show ]; then echo alpha; echo beta; else echo "$*" > requeued; fi\n',
+        "scancel": 'echo "$*" > cancelled; kill -TERM $(cat pids)\n'}
+    (tmp_path / "bin").mkdir()
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text("#!/bin/bash\n" + text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = subprocess.Popen(["bash", "runs/slurm.sh", "told.sh"], cwd=tmp_path, env={
+        **os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_ID": "12345"})
+    deadline = time.time() + 30
+    while not all((tmp_path / f"told{rank}").exists() for rank in (0, 1)) and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    job.terminate()
+    assert job.wait(30) == 143
+    assert [(tmp_path / f"told{rank}").read_text() for rank in (0, 1)] == ["2 0 alpha 22345\n", "2 1 alpha 22345\n"]
+    assert (tmp_path / "cancelled").read_text() == "--signal=TERM 12345.0\n"
+    assert (tmp_path / "requeued").read_text() == "requeue 12345\n"

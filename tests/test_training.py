@@ -163,6 +163,17 @@ def test_stop_notes_a_signal_and_gives_handlers_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_what_torchrun_sends_again_does_not_cut_the_saving_short(monkeypatch):
+    with Stop() as stop: # one Ctrl-C reaches the process from the terminal and from torchrun, one SIGTERM of a job too
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            monkeypatch.setenv(name, "1")
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_sigmask(signal.SIG_BLOCK, []) # a point where all are surely delivered
+        assert stop.exit_code() == 128 + signal.SIGTERM
+
+
 def test_failures_in_words(capsys):
     check_loss(1.0, 0)
     with pytest.raises(UserError, match="the loss became nan in step 7"):
