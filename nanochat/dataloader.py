@@ -77,8 +77,9 @@ class BestFitBuffer:
 
 class DocumentSource:
     """
-    Endless slices of documents: row groups lane, lane + L, ... of each file in turn, then the files again. Where no file
-    has L of them, row groups are counted on from file to file, so that each lane finds some.
+    Endless slices of documents: row groups lane, lane + L, ... of each file in turn, then the files again.
+
+    Where no file has L row groups, they are counted on from file to file, so that each lane finds some.
 
     place   [epoch, pq_idx, rg_idx, offset]: the next document is number `offset` of that row group; epochs count from 1
     """
@@ -136,9 +137,14 @@ class Share(NamedTuple):
 
     def state(self, num_rows):
         """State of the loader (plain JSON) when this rank has yielded `num_rows` rows in all."""
-        epoch, pq_idx, rg_idx, _ = max(lane["place"] for lane in self.lane_states.values())
-        return {"pq_idx": pq_idx, "rg_idx": rg_idx, "epoch": epoch, **self.about, "rows": num_rows * self.world_size,
-                "lanes": {str(lane): state for lane, state in self.lane_states.items()}}
+        lanes = {str(lane): state for lane, state in self.lane_states.items()}
+        return {**_furthest(lanes), **self.about, "rows": num_rows * self.world_size, "lanes": lanes}
+
+
+def _furthest(lanes):
+    """How far the lanes have come, in the three fields of published checkpoints."""
+    epoch, pq_idx, rg_idx, _ = max(lane["place"] for lane in lanes.values())
+    return {"pq_idx": pq_idx, "rg_idx": rg_idx, "epoch": epoch}
 
 
 def usable_lanes(split, num_lanes):
@@ -192,7 +198,8 @@ def _lane_start(saved, lane, num_lanes):
 def merge_lane_states(states):
     """One loader state from those that all ranks yielded with the same batch, in rank order."""
     assert len({(state["rows"], state["num_lanes"]) for state in states}) == 1, "states of different batches"
-    return {**states[0], "lanes": {lane: kept for state in states for lane, kept in state["lanes"].items()}}
+    lanes = {lane: kept for state in states for lane, kept in state["lanes"].items()}
+    return {**states[0], **_furthest(lanes), "lanes": lanes}
 
 # -----------------------------------------------------------------------------
 # Pretraining batches
@@ -264,7 +271,7 @@ def pretraining_loader(tokenizer, B, T, split, tokenizer_threads=4, tokenizer_ba
     tokenizer_batch_size  documents encoded at a time, with `tokenizer_threads` threads
     resume_state_dict     a state yielded before (of several ranks: merged): continues exactly behind its batch
     buffer_size           documents that a lane has to choose from
-    num_lanes             L, at most the row groups of the split; None: that of the saved state, else the number of ranks
+    num_lanes             L, more than there are row groups count as those; None: as saved, else the number of ranks
     rank, world_size      None: from torchrun's environment
     Yields inputs, targets (B, T) int64, contiguous, on `device`; state is plain JSON. Raises ValueError or
     FileNotFoundError (at the call, not at the first batch) when the data or the state do not fit.
