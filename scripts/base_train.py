@@ -67,7 +67,7 @@ def build_parser():
     # optimization
     add("--device-batch-size", type=int, default=32, help="rows per device and forward pass")
     add("--total-batch-size", type=int, default=524288, help="tokens per optimizer step, all ranks together")
-    add("--lanes", type=int, default=-1, help="data streams; they, not the ranks, decide the batches; -1 = one per rank")
+    add("--lanes", type=int, default=-1, help="data streams: they, not the ranks, decide the order; -1 = one per rank")
     add("--embedding-lr", type=float, default=0.3, help="AdamW, token and value embeddings")
     add("--unembedding-lr", type=float, default=0.004, help="AdamW, head")
     add("--weight-decay", type=float, default=0.2, help="cautious decay of the block matrices (Muon) at depth 12")

@@ -207,7 +207,7 @@ def test_a_rank_that_hangs_ends_the_run_when_the_time_is_up(monkeypatch):
     monkeypatch.setenv("NANOCHAT_DIST_TIMEOUT", "8")
     seconds, code, out = disturb("stopped", 2, signal_rank(signal.SIGSTOP, 1))
     assert_ended_in_order("stopped", code, out)
-    assert seconds < 60 and "Timed out" in out # 8 s, then 30 s in which torchrun hopes that the rank heeds its SIGTERM
+    assert seconds < 90 and "Timed out" in out # 8 s, then 30 s in which torchrun hopes that the rank heeds its SIGTERM
 
 
 @pytest.mark.slow
