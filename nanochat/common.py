@@ -47,6 +47,25 @@ def _sentence_of(error):
     return f"{path}: {error.strerror}; {CURES[error.errno]}"
 
 
+LOST_RANK = ("a process of this run has died or no longer answers, so the others stop; its own message, if it left "
+             "one, stands above: start again with --resume, which goes on from the last checkpoint")
+
+
+def _is_of_lost_rank(error):
+    """Has a collective failed for want of a rank? gloo has no exception of its own."""
+    return isinstance(error, dist.DistError) or is_ddp_initialized() and "gloo" in str(error)
+
+
+def _is_news(sentence):
+    """Is this the first rank to say it? torchrun keeps a store for the ranks, which outlives them."""
+    if not is_ddp_initialized():
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"told: {sentence}", 1) == 1
+    except RuntimeError: # the node that keeps the store has gone
+        return True
+
+
 _writes = False # does the program that runs write below the base directory? `run_main` is told
 
 
@@ -56,15 +75,20 @@ def run_main(main, writes=True):
 
     writes  False for a program that only reads, which may then use a base directory of somebody else
     Usage errors exit with 2 (argparse), Ctrl-C with 130. Set NANOCHAT_DEBUG=1 to see the traceback.
+    Of several ranks with the same to say one says it; a rank that has lost another says what to do about it.
     """
     global _writes
     _writes = writes
     try:
         main()
-    except (ValueError, OSError, UserError) as error:
-        if os.environ.get("NANOCHAT_DEBUG"):
+    except (ValueError, OSError, RuntimeError) as error:
+        is_ours = not isinstance(error, RuntimeError) or isinstance(error, UserError)
+        if os.environ.get("NANOCHAT_DEBUG") or not (is_ours or _is_of_lost_rank(error)):
             raise
-        print(f"error: {_sentence_of(error)}", file=sys.stderr)
+        sentence = _sentence_of(error) if is_ours else LOST_RANK
+        if _is_news(sentence):
+            detail = "" if is_ours else f" ({re.sub(r'^.[^]]*. ', '', str(error).splitlines()[0])[:120]})"
+            print(f"error: {sentence}{detail}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -449,12 +473,24 @@ def _allow_tf32():
         torch.backends.cuda.matmul.allow_tf32 = True
 
 
+def dist_timeout():
+    """
+    How long a rank waits for the others before it gives up: NANOCHAT_DIST_TIMEOUT in seconds, else 30 minutes.
+
+    So long because rank 0 may be saving or sampling meanwhile. Raises UserError unless it is a positive number.
+    """
+    text = os.environ.get("NANOCHAT_DIST_TIMEOUT") or "1800"
+    if not re.fullmatch(r"\d{1,8}", text) or int(text) == 0:
+        raise UserError(f"NANOCHAT_DIST_TIMEOUT must be a whole number of seconds, at least 1, got {text!r}")
+    return datetime.timedelta(seconds=int(text))
+
+
 def _join_process_group(device, world_size):
     if device.type == "mps" and world_size > 1:
         raise UserError("mps runs on one process only: start without torchrun, or pass --device-type cpu")
     if is_ddp_initialized():
         return
-    timeout = datetime.timedelta(minutes=30) # an evaluation on one rank may keep the others waiting
+    timeout = dist_timeout()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group(backend="nccl", device_id=device, timeout=timeout)

@@ -9,16 +9,19 @@ nothing in the buffer fits is one cut. The greedy rule "longest that fits" is be
 rule, but are never cut inside a turn, and rows are padded.
 
 One stream, any number of ranks: the stream is cut into L lanes. Lane l reads row groups l, l + L, l + 2L, ... of every
-file and packs with a buffer of its own; row n of the run (all ranks, all micro-batches, from 0) comes from lane
-n mod L, and rank R of W yields the rows n = R mod W. W divides L, so a rank owns whole lanes, and the sequence of
-rows depends on the data and on L alone. A lane's state is its place and the names of the documents that wait in its
-buffer; these are read and encoded again on resume. Memory: a row group of text and `buffer_size` documents a lane.
+file (where no file has L of them: of all files as one list) and packs with a buffer of its own; row n of the run (all
+ranks, all micro-batches, from 0) comes from lane n mod L, and rank R of W yields the rows n = R mod W. So the sequence
+of rows depends on the data and on L alone. Where W divides L, each lane is the business of one rank; else of several,
+each of which packs all of its rows and keeps its own: the same rows, with more work. A lane's state is its place and
+the names of the documents that wait in its buffer; these are read and encoded again on resume. Memory: a row group of
+text and `buffer_size` documents a lane.
 """
 import bisect
 import collections
 import functools
 import hashlib
 import itertools
+import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -76,12 +79,15 @@ class DocumentSource:
     """
     Endless slices of documents: row groups lane, lane + L, ... of each file in turn, then the files again.
 
+    Where no file has L row groups, they are counted on from file to file, so that each lane finds some.
+
     place   [epoch, pq_idx, rg_idx, offset]: the next document is number `offset` of that row group; epochs count from 1
     """
 
     def __init__(self, paths, lane, num_lanes, slice_size, place):
         self.paths, self.lane, self.num_lanes, self.slice_size = paths, lane, num_lanes, slice_size
         self.epoch, self.pq_idx, self.rg_idx, self.offset = place
+        self.is_by_file = any(num_row_groups(path) >= num_lanes for path in paths)
         self.texts = None      # the row group (pq_idx, rg_idx), once it is read
         self.empty_passes = 0  # ends of the file list since the last document
 
@@ -95,7 +101,8 @@ class DocumentSource:
             if self.pq_idx >= len(self.paths):
                 self._start_next_epoch()
             elif self.rg_idx >= num_row_groups(self.paths[self.pq_idx]):
-                self.pq_idx, self.rg_idx = self.pq_idx + 1, self.lane
+                passed = self.rg_idx - num_row_groups(self.paths[self.pq_idx])
+                self.pq_idx, self.rg_idx = self.pq_idx + 1, self.lane if self.is_by_file else passed
             else:
                 if self.texts is None:
                     self.texts = read_row_group(self.paths[self.pq_idx], self.rg_idx)
@@ -110,9 +117,8 @@ class DocumentSource:
     def _start_next_epoch(self):
         self.empty_passes += 1
         if self.empty_passes == 2: # a whole pass; the first may have started at the end
-            most = max(map(num_row_groups, self.paths))
-            raise ValueError(f"lane {self.lane} of {self.num_lanes} finds no documents: no file of the split has more "
-                             f"than {most} row groups, so use at most {most} lanes (ranks), or smaller row groups")
+            raise ValueError(f"lane {self.lane} of {self.num_lanes} finds no documents: too many row groups of the "
+                             "split are empty, so build its files again, or use fewer lanes (ranks)")
         self.epoch, self.pq_idx, self.rg_idx = self.epoch + 1, 0, self.lane
 
     @property
@@ -131,9 +137,22 @@ class Share(NamedTuple):
 
     def state(self, num_rows):
         """State of the loader (plain JSON) when this rank has yielded `num_rows` rows in all."""
-        epoch, pq_idx, rg_idx, _ = max(lane["place"] for lane in self.lane_states.values())
-        return {"pq_idx": pq_idx, "rg_idx": rg_idx, "epoch": epoch, **self.about, "rows": num_rows * self.world_size,
-                "lanes": {str(lane): state for lane, state in self.lane_states.items()}}
+        lanes = {str(lane): state for lane, state in self.lane_states.items()}
+        return {**_furthest(lanes), **self.about, "rows": num_rows * self.world_size, "lanes": lanes}
+
+
+def _furthest(lanes):
+    """How far the lanes have come, in the three fields of published checkpoints."""
+    epoch, pq_idx, rg_idx, _ = max(lane["place"] for lane in lanes.values())
+    return {"pq_idx": pq_idx, "rg_idx": rg_idx, "epoch": epoch}
+
+
+def usable_lanes(split, num_lanes):
+    """`num_lanes`, or the number of row groups of the split where that is less: every lane needs one to read."""
+    paths = split_files(split)
+    if any(num_row_groups(path) >= num_lanes for path in paths): # no need to open them all
+        return num_lanes
+    return max(1, min(num_lanes, sum(map(num_row_groups, paths))))
 
 
 def _refuse_other(saved, **now):
@@ -149,15 +168,12 @@ def _share(split, rank, world_size, num_lanes, saved):
     Join the arguments of a loader and the state it resumes from (None: from the start) to a Share.
 
     A state of the three fields pq_idx, rg_idx, epoch alone (published checkpoints) continues behind that row group.
-    Raises ValueError when lanes, ranks or files do not fit the saved state.
+    Raises ValueError when ranks or files do not fit the saved state.
     """
     paths, saved = split_files(split), saved or {}
     _, env_rank, _, env_world_size = get_dist_info()
     rank, world_size = env_rank if rank is None else rank, env_world_size if world_size is None else world_size
-    num_lanes = num_lanes or saved.get("num_lanes", world_size)
-    if num_lanes % world_size:
-        raise ValueError(f"the number of lanes must be a multiple of the {world_size} ranks, got {num_lanes}: "
-                         "change one of the two")
+    num_lanes = usable_lanes(split, num_lanes or saved.get("num_lanes", world_size))
     names_and_sizes = [(os.path.basename(path), os.path.getsize(path)) for path in paths]
     about = {"num_lanes": num_lanes, "num_files": len(paths),
              "files": hashlib.sha256(repr(names_and_sizes).encode()).hexdigest()}
@@ -165,8 +181,9 @@ def _share(split, rank, world_size, num_lanes, saved):
     if saved.get("rows", 0) % world_size:
         raise ValueError(f"the {saved['rows']} rows of the saved run cannot be shared by {world_size} ranks: "
                          "resume with a number of ranks that divides them")
+    step = math.gcd(world_size, num_lanes) # rank, rank + W, rank + 2W, ... mod L: the lanes of this rank's rows
     return Share(rank, world_size, paths, about, saved.get("rows", 0) // world_size,
-                 {lane: _lane_start(saved, lane, num_lanes) for lane in range(rank, num_lanes, world_size)})
+                 {lane: _lane_start(saved, lane, num_lanes) for lane in range(rank % step, num_lanes, step)})
 
 
 def _lane_start(saved, lane, num_lanes):
@@ -181,7 +198,8 @@ def _lane_start(saved, lane, num_lanes):
 def merge_lane_states(states):
     """One loader state from those that all ranks yielded with the same batch, in rank order."""
     assert len({(state["rows"], state["num_lanes"]) for state in states}) == 1, "states of different batches"
-    return {**states[0], "lanes": {lane: kept for state in states for lane, kept in state["lanes"].items()}}
+    lanes = {lane: kept for state in states for lane, kept in state["lanes"].items()}
+    return {**states[0], **_furthest(lanes), "lanes": lanes}
 
 # -----------------------------------------------------------------------------
 # Pretraining batches
@@ -253,7 +271,7 @@ def pretraining_loader(tokenizer, B, T, split, tokenizer_threads=4, tokenizer_ba
     tokenizer_batch_size  documents encoded at a time, with `tokenizer_threads` threads
     resume_state_dict     a state yielded before (of several ranks: merged): continues exactly behind its batch
     buffer_size           documents that a lane has to choose from
-    num_lanes             L; None: that of the saved state, else the number of ranks
+    num_lanes             L, more than there are row groups count as those; None: as saved, else the number of ranks
     rank, world_size      None: from torchrun's environment
     Yields inputs, targets (B, T) int64, contiguous, on `device`; state is plain JSON. Raises ValueError or
     FileNotFoundError (at the call, not at the first batch) when the data or the state do not fit.
@@ -265,14 +283,15 @@ def pretraining_loader(tokenizer, B, T, split, tokenizer_threads=4, tokenizer_ba
 
 def _best_fit_batches(share, encode, B, T, slice_size, buffer_size, device):
     lanes = {lane: Lane(share, lane, encode, T + 1, slice_size, buffer_size) for lane in share.lane_states}
-    num_rows = share.start_row
+    num_rows, not_ours = share.start_row, np.empty(T + 1, dtype=np.int64)
     while True:
         rows, touched = np.empty((B, T + 1), dtype=np.int64), set()
-        for row in rows:
-            lane = (share.rank + share.world_size * num_rows) % share.about["num_lanes"]
-            lanes[lane].fill(row)
-            touched.add(lane)
-            num_rows += 1
+        for n in range(num_rows * share.world_size, (num_rows + B) * share.world_size): # the rows of all ranks
+            lane, (i, rank) = n % share.about["num_lanes"], divmod(n, share.world_size)
+            if lane in lanes:
+                lanes[lane].fill(rows[i - num_rows] if rank == share.rank else not_ours)
+                touched.add(lane)
+        num_rows += B
         share.lane_states.update({lane: lanes[lane].state() for lane in touched})
         yield *_to_device(rows[:, :-1], rows[:, 1:], device), share.state(num_rows)
 
@@ -286,6 +305,8 @@ def flat_loader(tokenizer, B, T, split, tokenizer_threads=4, tokenizer_batch_siz
     """
     world_size = get_dist_info()[3] if world_size is None else world_size
     share = _share(split, rank, world_size, world_size, resume_state_dict)
+    if share.about["num_lanes"] < world_size:
+        raise ValueError(f"the {split} split has fewer row groups than the {world_size} ranks: use fewer ranks")
     encode = functools.partial(tokenizer.encode, prepend=tokenizer.get_bos_token_id(), num_threads=tokenizer_threads)
     return _flat_batches(share, encode, B, T, tokenizer_batch_size, torch.device(device))
 
@@ -315,6 +336,14 @@ def _flat_batches(share, encode, B, T, slice_size, device):
         share.lane_states[lane] = {"place": source.place, "first": waiting[0][0], "used": used}
         inputs, targets = tokens[:-1].reshape(B, T), tokens[1:].reshape(B, T)
         yield *_to_device(inputs, targets, device), share.state(num_rows)
+
+
+def first_rows(batches, num_rows, rank, world_size):
+    """(inputs, targets) of a loader from its start; beyond the first `num_rows` rows of all ranks, targets are -1."""
+    for first, (inputs, targets, _) in enumerate(batches):
+        B = len(targets)
+        is_beyond = (first * B + torch.arange(B, device=targets.device)) * world_size + rank >= num_rows
+        yield inputs, targets.masked_fill(is_beyond[:, None], -1)
 
 
 def _without_state(batches):

@@ -15,8 +15,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from nanochat.common import (UserError, atomic_write, finite, get_peak_flops, is_ddp_initialized, is_ddp_requested,
-                             print0)
+from nanochat.common import (UserError, atomic_write, dist_timeout, finite, get_peak_flops, is_ddp_initialized,
+                             is_ddp_requested, print0)
 from nanochat.gpt import Block, token_losses
 
 # What a base model is asked to continue, to see at a glance what it has learned.
@@ -249,7 +249,7 @@ class MetricsLog:
 class Stop:
     """
     Notes SIGTERM and Ctrl-C, so that the loop can finish its step, save and leave. A second Ctrl-C leaves now; but not
-    under torchrun, which passes on to its processes what they have often been sent already.
+    under torchrun, which passes on what its processes have often been sent already. SIGTERM may come many times.
     """
 
     def __init__(self):
@@ -260,12 +260,11 @@ class Stop:
         return self
 
     def _note(self, number, frame):
-        if self.signal is not None:
-            if number == signal.SIGINT and not is_ddp_requested():
-                raise KeyboardInterrupt
-            return
-        self.signal = number
-        print0(f"{signal.Signals(number).name}: finishing this step, then saving")
+        if self.signal is None:
+            self.signal = number
+            print0(f"{signal.Signals(number).name}: finishing this step, then saving", flush=True)
+        elif number == signal.SIGINT and not is_ddp_requested():
+            raise KeyboardInterrupt
 
     def __exit__(self, *error):
         for number, handler in self._previous.items():
@@ -283,7 +282,7 @@ class Stop:
 @functools.cache
 def _outcome_group():
     """A group in which the ranks tell how an evaluation ended: it cannot meet the collectives of the evaluation."""
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=10))
+    return dist.new_group(backend="gloo", timeout=min(dist_timeout(), datetime.timedelta(minutes=10)))
 
 
 def try_evaluation(name, evaluate):

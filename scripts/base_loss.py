@@ -8,11 +8,12 @@ Reads:  base_checkpoints/, base_data/.  Writes: the report's "Base model loss" s
 The train split is read from its start: the documents that the first updates of every run have seen.
 """
 import argparse
+import math
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import (DTYPES, compute_cleanup, compute_init, dataset_label, get_compute_dtype, print0,
                              run_main)
-from nanochat.dataloader import pretraining_loader
+from nanochat.dataloader import first_rows, pretraining_loader
 from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
@@ -24,7 +25,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     add = parser.add_argument
     add("--device-batch-size", type=int, default=32, help="rows per device and forward pass")
-    add("--split-tokens", type=int, default=40 * 524288, help="tokens per split, over all ranks; at least one batch")
+    add("--split-tokens", type=int, default=40 * 524288, help="tokens per split, over all ranks; at least one row")
     add("--model-tag", default=None, help="checkpoint folder, e.g. d20; default: the newest")
     add("--model-step", "--step", type=int, default=None, help="step of the checkpoint; default: the last")
     add("--device-type", default="", choices=["", "cuda", "cpu", "mps"], help="empty = the first that is available")
@@ -38,14 +39,16 @@ def check_args(args):
             for name in ("device_batch_size", "split_tokens") if getattr(args, name) < 1]
 
 
-def evaluate_split(split, model, tokenizer, args, compute):
-    """Bits per byte on the first tokens of one split."""
+def evaluate_split(split, model, tokenizer, args, compute, num_lanes):
+    """Bits per byte on the first tokens of one split, those of the lanes of the training."""
     T = model.config.sequence_len
-    tokens_per_step = args.device_batch_size * T * compute.ddp_world_size
-    steps = max(1, args.split_tokens // tokens_per_step)
-    batches = pretraining_loader(tokenizer, args.device_batch_size, T, split, device=compute.device)
+    num_rows = max(1, args.split_tokens // T)
+    batches = pretraining_loader(tokenizer, args.device_batch_size, T, split, device=compute.device,
+                                 num_lanes=num_lanes)
+    batches = first_rows(batches, num_rows, compute.ddp_rank, compute.ddp_world_size)
+    steps = math.ceil(num_rows / (args.device_batch_size * compute.ddp_world_size))
     bpb = evaluate_bpb(model, batches, steps, token_bytes_of(tokenizer))
-    print0(f"{split} bpb: {bpb:.6f} (the first {steps * tokens_per_step:,} tokens of the split)")
+    print0(f"{split} bpb: {bpb:.6f} (the first {num_rows * T:,} tokens of the split)")
     return bpb
 
 
@@ -65,7 +68,9 @@ def main(argv=None):
     compute = compute_init(args.device_type)
     dtype = get_compute_dtype(compute.device, args.dtype)
     model, tokenizer, meta = load_model("base", compute.device, "eval", args.model_tag, args.model_step, dtype)
-    bpb = {f"{split} bpb": evaluate_split(split, model, tokenizer, args, compute) for split in ("train", "val")}
+    num_lanes = (meta.get("dataloader_state_dict") or {}).get("num_lanes") # on any number of ranks the same documents
+    bpb = {f"{split} bpb": evaluate_split(split, model, tokenizer, args, compute, num_lanes)
+           for split in ("train", "val")}
     samples = {}
     if compute.is_master:
         conditioned, unconditioned = draw_samples(model, tokenizer)

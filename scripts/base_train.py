@@ -14,6 +14,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True") # must p
 
 import argparse
 import itertools
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from nanochat.checkpoint_manager import (Saver, checkpoint_dir, delete_steps, ho
 from nanochat.common import (DTYPES, compute_cleanup, compute_init, dataset_label, get_compute_dtype, init_wandb,
                              print0, print_banner, run_main)
 from nanochat.core_eval import evaluate_model
-from nanochat.dataloader import merge_lane_states, pretraining_loader
+from nanochat.dataloader import first_rows, merge_lane_states, pretraining_loader, usable_lanes
 from nanochat.engine import Engine
 from nanochat.flash_attention import describe_backend
 from nanochat.gpt import GPT, GPTConfig
@@ -66,7 +67,7 @@ def build_parser():
     # optimization
     add("--device-batch-size", type=int, default=32, help="rows per device and forward pass")
     add("--total-batch-size", type=int, default=524288, help="tokens per optimizer step, all ranks together")
-    add("--lanes", type=int, default=-1, help="independent data streams, a multiple of the ranks; -1 = one per rank")
+    add("--lanes", type=int, default=-1, help="data streams: they, not the ranks, decide the order; -1 = one per rank")
     add("--embedding-lr", type=float, default=0.3, help="AdamW, token and value embeddings")
     add("--unembedding-lr", type=float, default=0.004, help="AdamW, head")
     add("--weight-decay", type=float, default=0.2, help="cautious decay of the block matrices (Muon) at depth 12")
@@ -103,9 +104,8 @@ def check_args(args):
     problems += number_problems(args)
     if max(args.num_iterations, args.target_flops, args.target_param_data_ratio) <= 0:
         problems.append("one of --num-iterations, --target-flops, --target-param-data-ratio must be positive")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.lanes != -1 and (args.lanes < 1 or args.lanes % world_size):
-        problems.append(f"--lanes must be a multiple of the {world_size} ranks, got {args.lanes}")
+    if args.lanes != -1 and args.lanes < 1:
+        problems.append(f"--lanes must be at least 1, or -1, got {args.lanes}")
     return problems
 
 
@@ -189,11 +189,12 @@ def build_optimizer(model, args):
 
 def evaluate_val_bpb(model, tokenizer, args, compute, lanes):
     batches = pretraining_loader(tokenizer, args.device_batch_size, args.max_seq_len, "val", device=compute.device,
-                                 num_lanes=lanes) # the same documents for any number of ranks
-    tokens_per_step = args.device_batch_size * args.max_seq_len * compute.ddp_world_size
-    steps = max(1, args.eval_tokens // tokens_per_step)
+                                 num_lanes=lanes)
+    num_rows = max(1, args.eval_tokens // args.max_seq_len) # the same ones for any number of ranks
+    batches = first_rows(batches, num_rows, compute.ddp_rank, compute.ddp_world_size)
+    steps = math.ceil(num_rows / (args.device_batch_size * compute.ddp_world_size))
     with torch.no_grad():
-        return evaluate_bpb(model, ((x, y) for x, y, _ in batches), steps, token_bytes_of(tokenizer))
+        return evaluate_bpb(model, batches, steps, token_bytes_of(tokenizer))
 
 
 def evaluate(run, step, last_step):
@@ -394,7 +395,8 @@ def main(argv=None):
     if resume_step is not None:
         meta = load_for_resume(folder, resume_step, args, model, optimizer, tokenizer, compute)
     state = meta["dataloader_state_dict"] if meta else None
-    lanes = (state or {}).get("num_lanes") or max(args.lanes, compute.ddp_world_size)
+    lanes = args.lanes if args.lanes > 0 else compute.ddp_world_size
+    lanes = (state or {}).get("num_lanes") or usable_lanes("train", lanes)
     batches = pretraining_loader(tokenizer, args.device_batch_size, args.max_seq_len, "train", device=compute.device,
                                  resume_state_dict=state, num_lanes=lanes)
     if resume_step is not None and resume_step > num_steps:

@@ -98,9 +98,9 @@ def test_base_loss(base_dir, capsys):
     assert all(isinstance(facts[f"unconditioned sample {i}"], str) for i in range(8))
 
 
-def test_base_loss_uses_at_least_one_batch(base_dir, capsys):
+def test_base_loss_uses_at_least_one_row(base_dir, capsys):
     base_loss.main(["--device-type", "cpu", "--device-batch-size", "3", "--split-tokens", "1"])
-    assert "the first 144 tokens" in capsys.readouterr().out
+    assert "the first 48 tokens" in capsys.readouterr().out
 
 
 def test_base_eval(base_dir, capsys):
