@@ -4,9 +4,10 @@ Documents in, fixed-length training rows out.
     documents -> ids -> BestFitBuffer -> rows of T+1 ids -> (inputs, targets, state), rows (B, T)
 
 Pretraining rows start with BOS and are full: a document that does not fit is kept for a later row, and only when
-nothing in the buffer fits is one cut. The greedy rule "longest that fits" is best-fit packing as in Ding et al. 2024,
-"Fewer Truncations Improve Language Modeling" (https://arxiv.org/abs/2404.10830). Conversations are packed by the same
-rule, but are never cut inside a turn, and rows are padded.
+nothing in the buffer fits is one cut; the rest of it is dropped, or waits as another document. The greedy rule "longest
+that fits" is best-fit packing as in Ding et al. 2024, "Fewer Truncations Improve Language Modeling"
+(https://arxiv.org/abs/2404.10830). Conversations are packed by the same rule, but are never cut inside a turn, and rows
+are padded.
 
 One stream, any number of ranks: the stream is cut into L lanes. Lane l reads row groups l, l + L, l + 2L, ... of every
 file (where no file has L of them: of all files as one list) and packs with a buffer of its own; row n of the run (all
@@ -163,7 +164,7 @@ def _refuse_other(saved, **now):
                              "resume with the data and flags of the saved run, or start a new one")
 
 
-def _share(split, rank, world_size, num_lanes, saved):
+def _share(split, rank, world_size, num_lanes, saved, requeue=False):
     """
     Join the arguments of a loader and the state it resumes from (None: from the start) to a Share.
 
@@ -175,7 +176,7 @@ def _share(split, rank, world_size, num_lanes, saved):
     rank, world_size = env_rank if rank is None else rank, env_world_size if world_size is None else world_size
     num_lanes = usable_lanes(split, num_lanes or saved.get("num_lanes", world_size))
     names_and_sizes = [(os.path.basename(path), os.path.getsize(path)) for path in paths]
-    about = {"num_lanes": num_lanes, "num_files": len(paths),
+    about = {"num_lanes": num_lanes, "requeue": requeue, "num_files": len(paths),
              "files": hashlib.sha256(repr(names_and_sizes).encode()).hexdigest()}
     _refuse_other(saved, **about)
     if saved.get("rows", 0) % world_size:
@@ -208,6 +209,7 @@ class Lane:
     """One lane: its place in the data, and the documents that wait in its buffer."""
 
     def __init__(self, share, lane, encode, capacity, slice_size, buffer_size):
+        self.requeue = share.about["requeue"]
         start = share.lane_states[lane]
         self.source = DocumentSource(share.paths, lane, share.about["num_lanes"], slice_size, start["place"])
         self.encode, self.capacity, self.buffer_size = encode, capacity, buffer_size
@@ -220,12 +222,19 @@ class Lane:
         while filled < len(row):
             self._refill()
             room = len(row) - filled
-            ids = (self.buffer.take(room) or self.buffer.take_shortest())[0][:room] # cutting the shortest loses least
-            row[filled:filled + len(ids)] = ids
-            filled += len(ids)
+            ids, name = self.buffer.take(room) or self.buffer.take_shortest() # cutting the shortest loses least
+            row[filled:filled + len(ids)] = ids[:room] # the slice ends with the row
+            filled += min(room, len(ids))
+            if self.requeue and len(ids) > room:
+                doc, _, start = name.partition("+")
+                rest = np.concatenate([ids[:1], ids[room:]]) # BOS again
+                self.buffer.add(len(rest), (rest, f"{doc}+{int(start or 1) + room - 1}"))
 
     def state(self):
-        """Plain JSON, about 10 bytes a waiting document: its file, row group and index, in order of arrival."""
+        """
+        Plain JSON, about 10 bytes a waiting document: its file, row group and index, in order of arrival, and "+ n" for
+        what was left of it when it was cut before its token n.
+        """
         return {"place": self.source.place, "documents": " ".join(name for _, name in self.buffer.waiting.values())}
 
     def _refill(self):
@@ -235,14 +244,16 @@ class Lane:
 
     def _add(self, texts, names):
         for ids, name in zip(self.encode(texts), names):
-            # what lies beyond a row can never be used, only the length counts
-            self.buffer.add(len(ids), (np.array(ids[:self.capacity], dtype=np.int32), name))
+            if "+" in name:
+                ids = ids[:1] + ids[int(name.partition("+")[2]):]
+            # what lies beyond a row is never used unless it is queued again, only the length counts
+            self.buffer.add(len(ids), (np.array(ids[:None if self.requeue else self.capacity], dtype=np.int32), name))
 
     def _restore(self, names):
         """Read the row groups of the documents that waited, one at a time, and encode these documents again."""
         wanted = collections.defaultdict(set)
         for name in names:
-            pq_idx, rg_idx, i = map(int, name.split("."))
+            pq_idx, rg_idx, i = map(int, name.partition("+")[0].split("."))
             wanted[pq_idx, rg_idx].add(i)
         texts = {}
         for (pq_idx, rg_idx), indices in wanted.items():
@@ -250,7 +261,7 @@ class Lane:
             texts.update({f"{pq_idx}.{rg_idx}.{i}": row_group[i] for i in indices})
         for start in range(0, len(names), self.source.slice_size):
             some = names[start:start + self.source.slice_size]
-            self._add([texts[name] for name in some], some)
+            self._add([texts[name.partition("+")[0]] for name in some], some)
 
 
 def _to_device(inputs, targets, device):
@@ -262,7 +273,8 @@ def _to_device(inputs, targets, device):
 
 
 def pretraining_loader(tokenizer, B, T, split, tokenizer_threads=4, tokenizer_batch_size=128, device="cuda",
-                       resume_state_dict=None, buffer_size=1000, num_lanes=None, rank=None, world_size=None):
+                       resume_state_dict=None, buffer_size=1000, num_lanes=None, rank=None, world_size=None,
+                       requeue=False):
     """
     Endless (inputs, targets, state) for pretraining: full rows of whole documents, of which only the last may be cut.
 
@@ -273,10 +285,11 @@ def pretraining_loader(tokenizer, B, T, split, tokenizer_threads=4, tokenizer_ba
     buffer_size           documents that a lane has to choose from
     num_lanes             L, more than there are row groups count as those; None: as saved, else the number of ranks
     rank, world_size      None: from torchrun's environment
+    requeue               what is cut off a document waits for another row, with a BOS of its own; False: it is dropped
     Yields inputs, targets (B, T) int64, contiguous, on `device`; state is plain JSON. Raises ValueError or
     FileNotFoundError (at the call, not at the first batch) when the data or the state do not fit.
     """
-    share = _share(split, rank, world_size, num_lanes, resume_state_dict)
+    share = _share(split, rank, world_size, num_lanes, resume_state_dict, requeue)
     encode = functools.partial(tokenizer.encode, prepend=tokenizer.get_bos_token_id(), num_threads=tokenizer_threads)
     return _best_fit_batches(share, encode, B, T, tokenizer_batch_size, buffer_size, torch.device(device))
 

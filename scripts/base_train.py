@@ -68,6 +68,8 @@ def build_parser():
     add("--device-batch-size", type=int, default=32, help="rows per device and forward pass")
     add("--total-batch-size", type=int, default=524288, help="tokens per optimizer step, all ranks together")
     add("--lanes", type=int, default=-1, help="data streams: they, not the ranks, decide the order; -1 = one per rank")
+    add("--remainders", default="drop", choices=["drop", "requeue"],
+        help="what is cut off a document at the end of a row: dropped, or used as a document of its own")
     add("--embedding-lr", type=float, default=0.3, help="AdamW, token and value embeddings")
     add("--unembedding-lr", type=float, default=0.004, help="AdamW, head")
     add("--weight-decay", type=float, default=0.2, help="cautious decay of the block matrices (Muon) at depth 12")
@@ -398,7 +400,7 @@ def main(argv=None):
     lanes = args.lanes if args.lanes > 0 else compute.ddp_world_size
     lanes = (state or {}).get("num_lanes") or usable_lanes("train", lanes)
     batches = pretraining_loader(tokenizer, args.device_batch_size, args.max_seq_len, "train", device=compute.device,
-                                 resume_state_dict=state, num_lanes=lanes)
+                                 resume_state_dict=state, num_lanes=lanes, requeue=args.remainders == "requeue")
     if resume_step is not None and resume_step > num_steps:
         raise ValueError(f"{folder} is at step {resume_step} already, beyond the {num_steps} steps of this run: give "
                          "a longer horizon, or another --model-tag")

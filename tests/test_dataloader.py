@@ -1,4 +1,5 @@
 """Packing against plain scans, the spec's traces, lanes for any number of ranks, and exact restarts."""
+import collections
 import itertools
 import json
 import random
@@ -85,7 +86,7 @@ def rows_of(batches, n):
 # -----------------------------------------------------------------------------
 # An independent reference: the spec's text, with plain lists and scans
 
-def reference_lane(files, lane, num_lanes, slice_size, buffer_size, capacity):
+def reference_lane(files, lane, num_lanes, slice_size, buffer_size, capacity, requeue):
     """Endless rows of one lane."""
     def slices():
         while True:
@@ -105,12 +106,16 @@ def reference_lane(files, lane, num_lanes, slice_size, buffer_size, capacity):
                     best = i
             if best is None:
                 best = min(range(len(buffer)), key=lambda i: len(buffer[i]))
-            row += buffer.pop(best)[:capacity - len(row)]
+            document, room = buffer.pop(best), capacity - len(row)
+            row += document[:room]
+            if requeue and document[room:]:
+                buffer.append([BOS] + document[room:])
         yield row
 
 
-def reference(files, num_lanes, num_rows, slice_size=4, buffer_size=10, capacity=17):
-    lanes = [reference_lane(files, lane, num_lanes, slice_size, buffer_size, capacity) for lane in range(num_lanes)]
+def reference(files, num_lanes, num_rows, slice_size=4, buffer_size=10, capacity=17, requeue=False):
+    lanes = [reference_lane(files, lane, num_lanes, slice_size, buffer_size, capacity, requeue)
+             for lane in range(num_lanes)]
     return [next(lanes[n % num_lanes]) for n in range(num_rows)]
 
 
@@ -203,6 +208,22 @@ def test_any_number_of_ranks_sees_the_same_global_rows(world, num_lanes):
         assert interleaved == expected[:len(interleaved)] and len(interleaved) >= 220
 
 
+def test_what_is_cut_off_can_wait_for_another_row(world):
+    """As the reference has it; and in the rows of one lane and what waits, every token of a document is found once."""
+    ranks = [rows_of(loader(2, num_lanes=4, rank=rank, world_size=2, requeue=True), 60) for rank in range(2)]
+    assert [row for rows in zip(*ranks) for row in rows] == reference(world, 4, 240, requeue=True)
+    lengths = {ord(text[0]): len(text) for row_groups in world for texts in row_groups for text in texts}
+    rows, states = zip(*take(loader(1, requeue=True), 400))
+    found = collections.Counter(token for batch in rows for row in batch for token in row if token != BOS)
+    for name in states[-1]["lanes"]["0"]["documents"].split():
+        place, _, start = name.partition("+")
+        pq_idx, rg_idx, i = map(int, place.split("."))
+        text = world[pq_idx][rg_idx][i]
+        found[ord(text[0])] += len(text) - (int(start) - 1 if start else 0)
+    assert states[-1]["epoch"] >= 2 and "+" in states[-1]["lanes"]["0"]["documents"]
+    assert all(found[token] % length == 0 for token, length in lengths.items())
+
+
 def test_by_default_the_lanes_are_the_ranks(world, monkeypatch):
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
@@ -243,10 +264,10 @@ def test_validation_text_is_never_trained_on(world, load):
     assert {token for row in rows_of(loader(split="val"), 3) for token in row} == forbidden | {BOS}
 
 
-@pytest.mark.parametrize("num_lanes, seed", [(1, 0), (3, 1), (4, 2)])
-def test_a_restart_after_any_batch_continues_exactly(world, num_lanes, seed):
+@pytest.mark.parametrize("num_lanes, seed, requeue", [(1, 0, False), (3, 1, True), (4, 2, False), (1, 3, True)])
+def test_a_restart_after_any_batch_continues_exactly(world, num_lanes, seed, requeue):
     rng = random.Random(seed)
-    settings = dict(B=rng.randrange(1, 4), num_lanes=num_lanes, buffer_size=rng.randrange(1, 30),
+    settings = dict(requeue=requeue, B=rng.randrange(1, 4), num_lanes=num_lanes, buffer_size=rng.randrange(1, 30),
                     tokenizer_batch_size=rng.randrange(1, 9))
     whole = take(loader(**settings), 90)
     for i in range(80):
