@@ -1,8 +1,8 @@
 """
 What sharing out the optimizer saves, and what several processes cost on one CPU machine.
 
-    python -m dev.bench_distributed                 depth 6, 16,384 tokens a step; about 3 minutes on two free cores
-    python -m dev.bench_distributed --turns 5 --dtype float32
+    python -m dev.bench_distributed                 depth 6, 16,384 tokens a step; minutes on two free cores
+    python -m dev.bench_distributed --turns 9 --dtype float32
 
 First the bytes of optimizer state that each of 1, 2 and 4 gloo processes holds. Then tokens/s of the whole training
 step (accumulate, optimizer) by one process with two threads and by two processes with one thread each, in alternating
@@ -88,8 +88,8 @@ def build_parser():
     add("--vocab-size", type=int, default=32768)
     add("--total-batch-size", type=int, default=16384, help=f"tokens per step, a multiple of {2 * SEQ_LEN}")
     add("--device-batch-size", type=int, default=8, help=f"rows of {SEQ_LEN} tokens per process and forward pass")
-    add("--steps", type=int, default=2, help="of each turn, after one that does not count")
-    add("--turns", type=int, default=3, help="turns of each side")
+    add("--steps", type=int, default=1, help="of each turn")
+    add("--turns", type=int, default=5, help="turns of each side, after one that does not count")
     add("--dtype", default="", choices=["", *DTYPES], help="empty = bf16 where the hardware has it")
     return parser
 
