@@ -30,6 +30,8 @@ TOOL_ERROR = "error"  # what the model reads when the calculator has no result
 PREFILL_TOKENS = 4096 # so many prompt positions a step at most, where nobody waits for the next token
 MIN_SHARED = 16       # tokens that prompts must have in common before keys are copied, or waited for
 PATIENCE = 64         # a prompt that waits goes before one that came a step later and is at most so much shorter
+NOT_FINITE = ("the logits are not finite: take another checkpoint if the weights are damaged, or --dtype float32 if the "
+              "dtype is too coarse")
 
 
 class KVCache:
@@ -123,6 +125,12 @@ class KVCache:
             for cache in (self.k_cache, self.v_cache):
                 cache[:, target, :length] = cache[:, source, :length]
 
+    def clear_row(self, row):
+        """Zeros all along the row: what is not finite would come through a mask, as 0 times NaN is NaN."""
+        for cache in (self.k_cache, self.v_cache):
+            if cache is not None:
+                cache[:, row] = 0
+
     def swap_rows(self, a, b, length):
         """Rows a and b change places, their first `length` positions at least."""
         if self.k_cache is not None:
@@ -146,6 +154,11 @@ def _uniforms(rng, num_rows, device):
     return 1 - draws.to(device).unsqueeze(1)
 
 
+def can_be_drawn_from(logits):
+    """For each row of logits (B, V) whether its largest one is finite, (B,) bool; a NaN anywhere is the largest."""
+    return logits.amax(dim=-1).isfinite()
+
+
 def sample_next_token(logits, rng, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """
     Draw one id for each row.
@@ -163,9 +176,8 @@ def sample_next_token(logits, rng, temperature=1.0, top_k=None, top_p=None, min_
     """
     if not temperature >= 0: # nan is not either
         raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if not logits.amax(dim=-1).isfinite().all(): # a NaN anywhere makes it NaN
-        raise UserError("the logits are not finite: take another checkpoint if the weights are damaged, or "
-                        "--dtype float32 if the dtype is too coarse")
+    if not can_be_drawn_from(logits).all():
+        raise UserError(NOT_FINITE)
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     is_nucleus, ids = top_p is not None and top_p < 1, None
@@ -211,7 +223,7 @@ class Request:
         self.tokens = []          # the completion without its terminal token
         self.masks = []           # 1 = sampled, 0 = forced by the tool
         self.end = []             # its terminal token, when it has come
-        self.finish_reason = None # stop, length or cancelled, when it has ended
+        self.finish_reason = None # stop, length, cancelled or broken (logits that are not finite), when it has ended
         self.cached_tokens = 0    # so many of the prompt's tokens were not read but found in the cache
         self.is_cancelled = False
         self.forced = deque()     # ids that come next, whatever is sampled
@@ -237,6 +249,11 @@ class Request:
         self.finish_reason = reason
         if self.on_end is not None:
             self.on_end(self)
+
+
+def _refuse_broken(request):
+    if request.finish_reason == "broken":
+        raise UserError(NOT_FINITE)
 
 
 class Place:
@@ -314,7 +331,7 @@ class Batch:
         logits = [*self._decode(), *self._read()] # in the order of the rows: those that have read theirs join behind
         if logits:
             logits = torch.cat(logits)
-            for i, token in enumerate(self._sample(logits)):
+            for i, token in self._sample(logits):
                 self._accept(self.places[i].request, token, logits[i])
         for i in reversed(range(self.num_decoding)):
             if self.places[i].request.done:
@@ -354,8 +371,11 @@ class Batch:
                 request.finish("cancelled")
 
     def _release(self, i):
-        """The request of place i goes; its keys stay."""
+        """The request of place i goes; its keys stay, unless they are not finite."""
         place = self.places[i]
+        if place.request.finish_reason == "broken":
+            place.ids = []
+            self.cache.clear_row(i)
         place.request, place.left = None, self.num_steps
         if i < self.num_decoding:
             self.num_decoding -= 1
@@ -457,18 +477,23 @@ class Batch:
         self.num_decoding += 1
 
     def _sample(self, logits):
-        """Draw an id for every decoding row from its logits (num_decoding, V). Returns a list of ids."""
-        requests, groups = [place.request for place in self.places[:self.num_decoding]], {}
-        for i, request in enumerate(requests): # equal settings draw together
-            settings = (request.temperature, request.top_k, request.top_p, request.min_p)
-            groups.setdefault(settings, []).append(i)
-        ids = [None] * len(requests)
+        """
+        Draw an id for every decoding row from its logits (num_decoding, V). Returns pairs of (row, id), without the
+        rows that none can be drawn from: their requests are finished, and nobody else's.
+        """
+        groups, drawn = {}, []
+        for i, can_be_drawn in enumerate(can_be_drawn_from(logits).tolist()):
+            request = self.places[i].request
+            if can_be_drawn: # equal settings draw together
+                settings = (request.temperature, request.top_k, request.top_p, request.min_p)
+                groups.setdefault(settings, []).append(i)
+            else:
+                request.finish("broken")
         for settings, rows in groups.items():
-            of_group = logits if len(groups) == 1 else logits[rows]
-            drawn = sample_next_token(of_group, [requests[i].rng for i in rows], *settings)
-            for i, token in zip(rows, drawn.flatten().tolist(), strict=True):
-                ids[i] = token
-        return ids
+            of_group = logits if len(rows) == len(logits) else logits[rows]
+            ids = sample_next_token(of_group, [self.places[i].request.rng for i in rows], *settings)
+            drawn += zip(rows, ids.flatten().tolist(), strict=True)
+        return drawn
 
 # -----------------------------------------------------------------------------
 
@@ -531,8 +556,8 @@ class Engine:
         """A batch with num_samples requests for each prompt, and those requests."""
         capacity = None if max_tokens is None else max((len(p) + max(0, max_tokens - 1) for p in prompts), default=1)
         batch = Batch(self, max(1, min(max_rows, num_samples * len(prompts))), capacity, PREFILL_TOKENS)
-        samples = [[Request(prompt, max_tokens, seed=derive_seed(seed, row), **settings) for row in range(num_samples)]
-                   for prompt, seed in zip(prompts, seeds, strict=True)]
+        samples = [[Request(prompt, max_tokens, seed=derive_seed(seed, row), on_end=_refuse_broken, **settings)
+                    for row in range(num_samples)] for prompt, seed in zip(prompts, seeds, strict=True)]
         for rows in sorted(samples, key=lambda rows: -len(rows[0].prompt) if rows else 0): # of like length together
             for request in rows:
                 batch.submit(request)

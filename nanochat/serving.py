@@ -29,7 +29,7 @@ import torch
 
 from nanochat.chat import AnswerStream, build_prompt, to_turns
 from nanochat.common import UserError
-from nanochat.engine import Batch, Request, derive_seed
+from nanochat.engine import NOT_FINITE, Batch, Request, derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ UNSUPPORTED = {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_
                "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
                "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
                "web_search_options": ()}
+NO_RETRY = {"x-should-retry": "false"} # tells OpenAI's client: it would end like this again
 to_json = json.JSONEncoder(ensure_ascii=False).encode # made once: it is called for every token
 LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)} # some clients would split a line there
 CSP = ("default-src 'none'; script-src 'self' 'nonce-{}'; style-src 'unsafe-inline'; img-src 'self' data:; "
@@ -206,10 +207,13 @@ class Worker(threading.Thread):
         """On the event loop: every part to the answer that waits for it."""
         now = time.monotonic()
         for event in events:
-            answer = event[0].answer
-            self.load -= event[1]["type"] == "end"
-            answer.heard_at = now
-            answer.events.put_nowait(event)
+            choice, part, _ = event
+            self.load -= part["type"] == "end"
+            choice.answer.heard_at = now
+            if choice.finish_reason == "broken":
+                choice.answer.end(ApiError(500, NOT_FINITE, headers=NO_RETRY))
+            else:
+                choice.answer.events.put_nowait(event)
 
 # -----------------------------------------------------------------------------
 # The event loop's side
@@ -395,8 +399,7 @@ class Service:
 
     async def _watch_clock(self):
         limit = self.settings.request_timeout
-        late = ApiError(504, f"the answer took more than {limit:g} seconds", "timeout",
-                        headers={"x-should-retry": "false"}) # it would take as long again
+        late = ApiError(504, f"the answer took more than {limit:g} seconds", "timeout", headers=NO_RETRY)
         while True:
             await asyncio.sleep(TICK_SECONDS)
             now = time.monotonic()

@@ -422,6 +422,23 @@ def test_an_engine_that_fails_ends_every_answer_and_the_server():
         assert "the engine failed (RuntimeError: out of memory)" in str(server.errors[0])
 
 
+def test_logits_that_are_not_finite_end_their_own_request_alone():
+    """The model says a, b, ~ and then has only NaN to say; an answer of two tokens never comes there."""
+    with running(ChainModel(path_of("ab~"), seconds=0.02, sequence_len=2000)) as server:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            other = pool.submit(post, server, **ask(max_tokens=2))
+            streamed = post(server, **ask(max_tokens=50))
+            *tokens, last = events_of(streamed.text)
+            assert "".join(event["token"] for event in tokens) == "ab~" and last["error"]["type"] == "server_error"
+            assert "logits are not finite" in last["error"]["message"]
+            whole = post(server, "/v1/chat/completions", **ask(n=2))
+            assert error_of(whole, 500)["message"] == last["error"]["message"]
+            assert whole.headers["x-should-retry"] == "false"
+            assert events_of(other.result().text)[-1]["done"]
+        assert events_of(post(server, **ask(max_tokens=2)).text)[-1]["done"] and not server.errors
+        wait_for(lambda: server.service.num_running() == 0)
+
+
 def test_draining_lets_answers_end_and_takes_no_more():
     with running(ChainModel(FOREVER, seconds=0.02, sequence_len=5000), drain=30) as server:
         with concurrent.futures.ThreadPoolExecutor() as pool:
