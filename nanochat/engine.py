@@ -30,8 +30,8 @@ TOOL_ERROR = "error"  # what the model reads when the calculator has no result
 PREFILL_TOKENS = 4096 # so many prompt positions a step at most, where nobody waits for the next token
 MIN_SHARED = 16       # tokens that prompts must have in common before keys are copied, or waited for
 PATIENCE = 64         # a prompt that waits goes before one that came a step later and is at most so much shorter
-NOT_FINITE = ("the logits are not finite: take another checkpoint if the weights are damaged, or --dtype float32 if the "
-              "dtype is too coarse")
+NOT_FINITE = ("the logits are not finite: take another checkpoint if the weights are damaged, or --dtype float32 if "
+              "the dtype is too coarse")
 
 
 class KVCache:
@@ -224,6 +224,7 @@ class Request:
         self.masks = []           # 1 = sampled, 0 = forced by the tool
         self.end = []             # its terminal token, when it has come
         self.finish_reason = None # stop, length, cancelled or broken (logits that are not finite), when it has ended
+        self.started_at = None    # when it got its place, by time.monotonic
         self.cached_tokens = 0    # so many of the prompt's tokens were not read but found in the cache
         self.is_cancelled = False
         self.forced = deque()     # ids that come next, whatever is sampled
@@ -384,6 +385,11 @@ class Batch:
         self.num_busy -= 1
         self._swap(i, self.num_busy)
 
+    def num_cached(self, prompt):
+        """How many of its tokens a prompt would find in the cache. From another thread than `step`'s: an estimate."""
+        most = max(num_shared(prompt[:-1], place.ids) for place in self.places)
+        return most if most >= MIN_SHARED else 0
+
     def _admit(self):
         """Requests that wait get free places, in turn, unless the beginning of their prompt is just being read."""
         if self.num_busy == len(self.places):
@@ -409,7 +415,7 @@ class Batch:
         if length and not is_taken_over:
             self.cache.copy_row(source, target, length)
         place.request, place.ids, place.joined = request, request.prompt[:length], self.num_steps
-        request.cached_tokens = length
+        request.started_at, request.cached_tokens = time.monotonic(), length
         self._swap(target, self.num_busy)
         self.num_busy += 1
 
