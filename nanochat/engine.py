@@ -253,6 +253,7 @@ class Request:
 
 
 def _refuse_broken(request):
+    """Called at the end of a request whose caller has no use for the others either."""
     if request.finish_reason == "broken":
         raise UserError(NOT_FINITE)
 
@@ -301,10 +302,6 @@ class Batch:
         self.num_decoding = self.num_busy = self.num_steps = 0
         self.waiting = deque()
 
-    @property
-    def num_waiting(self):
-        return len(self.waiting)
-
     def submit(self, request):
         """
         Let a request wait for a place. One that asks for more tokens than the capacity leaves gets those: a prompt of P
@@ -328,9 +325,9 @@ class Batch:
         """One round for all. Returns how many requests still run or wait."""
         self.num_steps += 1
         self._drop_cancelled()
-        self._admit()
+        self._admit() # from here on a request has a place
         logits = [*self._decode(), *self._read()] # in the order of the rows: those that have read theirs join behind
-        if logits:
+        if logits: # of every row that decodes now, those that just joined included
             logits = torch.cat(logits)
             for i, token in self._sample(logits):
                 self._accept(self.places[i].request, token, logits[i])
@@ -397,7 +394,7 @@ class Batch:
         for request in list(self.waiting):
             prompt = request.prompt
             shared = [num_shared(prompt[:-1], place.ids) for place in self.places] # the last token gives the logits
-            best = max(range(len(shared)), key=lambda i: (shared[i], i >= self.num_busy))
+            best = max(range(len(shared)), key=lambda i: (shared[i], i >= self.num_busy)) # an idle one needs no copy
             reading = [place.request.prompt for place in self.places[self.num_decoding:self.num_busy]]
             if any(prompt == other or num_shared(prompt, other) >= shared[best] + MIN_SHARED for other in reading):
                 continue

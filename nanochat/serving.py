@@ -187,10 +187,10 @@ class Worker(threading.Thread):
         """On the event loop: every part to the answer that waits for it."""
         now = time.monotonic()
         for event in events:
-            choice, part, _ = event
-            self.load -= part["type"] == "end"
+            choice, is_end = event[0], event[1]["type"] == "end"
+            self.load -= is_end
             choice.answer.heard_at = now
-            if choice.finish_reason == "broken":
+            if is_end and choice.finish_reason == "broken":
                 choice.answer.end(ApiError(500, NOT_FINITE, headers=NO_RETRY))
             else:
                 choice.answer.put(event)
@@ -426,8 +426,7 @@ class Service:
         if self.status != "ok":
             code = {"draining": "shutting_down"}.get(self.status, self.status)
             raise ApiError(503, f"the server does not serve now: {self.status}", code, headers={"Retry-After": "5"})
-        if all(worker.load >= worker.max_rows for worker in self.workers) \
-                and self.num_waiting() >= self.settings.max_queue:
+        if not self._num_available() and self.num_waiting() >= self.settings.max_queue:
             raise ApiError(429, f"{self.num_waiting()} requests wait already, the queue is full: try again later",
                            "queue_full", headers={"Retry-After": "1"})
 
@@ -476,11 +475,10 @@ class Service:
         except ApiError as error:
             answer.status = error.status
             raise
-        except ClientGone:
+        except (ClientGone, asyncio.CancelledError) as gone:
             answer.status = 499
-        except asyncio.CancelledError:
-            answer.status = 499
-            raise
+            if isinstance(gone, asyncio.CancelledError):
+                raise
         finally:
             watch.cancel()
             answer.end()
@@ -504,8 +502,7 @@ class Service:
                    (b"x-accel-buffering", b"no")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
-            if opening := form.opening():
-                await write(opening)
+            await write(form.opening())
             async for batch in answer.batches():
                 await write([form.event(*event) if event[0] else None for event in batch])
             await write(form.closing(), more=False)
@@ -833,6 +830,7 @@ def create_app(engines, settings):
     _add_pages(app)
     _add_status(app, service)
     _add_answers(app, service)
+    app.openapi() # kept from now on: while it is made, nobody else is served
     app.add_middleware(Gate, service=service)
     if settings.cors_origins:
         from fastapi.middleware.cors import CORSMiddleware
