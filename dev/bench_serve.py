@@ -12,6 +12,7 @@ left of rows, threads and memory, how many answers were wrong, and how long /hea
 """
 import argparse
 import asyncio
+import gc
 import http.client
 import json
 import multiprocessing
@@ -59,7 +60,10 @@ def make_engine(args):
 def run_server(args, sock):
     """The process that serves."""
     compute_init("cpu")
-    serve(create_app([make_engine(args)], Settings("bench", max_batch=STREAMS, max_queue=CLIENTS)), sock)
+    app = create_app([make_engine(args)], Settings("bench", max_batch=STREAMS, max_queue=CLIENTS))
+    gc.collect()
+    gc.freeze() # as scripts.chat_web
+    serve(app, sock)
 
 
 class Client:

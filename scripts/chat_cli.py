@@ -123,12 +123,12 @@ class Chat:
                 pass
         printer.show(stream.flush())
         printer.close()
+        if request.finish_reason == "broken": # such a turn is not remembered
+            raise UserError(NOT_FINITE)
         # However it ended (of itself, by bos, cut off), the turn is closed in the form the model was trained on.
         closing = [stream.tool[1]] if stream.tool else []
         self.turns += [question, [*said, *closing, self.end]]
         self.num_answers += 1
-        if request.finish_reason == "broken":
-            raise UserError(NOT_FINITE)
 
 
 def talk(chat):
