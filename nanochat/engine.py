@@ -8,7 +8,15 @@ lines: requests that wait get free places, some prompt tokens are read, all othe
 was drawn for it. Requests join and leave at any step (continuous batching: Yu et al. 2022, Orca,
 https://www.usenix.org/conference/osdi22/presentation/yu). Each stands at a position of its own and draws from a
 generator of its own, so what it says does not depend on its neighbours. A prompt that begins like one whose keys are
-still in the cache starts from those.
+still in the cache starts from those. Four requests and three places, where C has a long prompt:
+
+    step    one token more for    prompt tokens read         waiting for a place
+    1       -                     A and B: all
+    2       A, B                  C: the first 256           D
+    3       A, B                  C: the next 256            D        B has ended, its place is free
+    4       A                     D: all, being short                 whoever has read all gets a token at once
+    5       A, D                  C: the next 256
+    6       A, D                  C: the rest
 
 The engine is handed model and tokenizer: it calls the model with ids and a cache, knows no text, and uses the tokenizer
 for the special ids and for the tool. It opens no autocast: a model has one dtype.

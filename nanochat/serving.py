@@ -88,6 +88,15 @@ class ClientGone(Exception):
     """The client left: nobody reads what would be sent."""
 
 
+async def in_time(awaitable, error):
+    """What the client makes us wait for. Raises `error` when that takes too long."""
+    try:
+        async with asyncio.timeout(STALL_SECONDS):
+            return await awaitable
+    except TimeoutError:
+        raise error from None
+
+
 def sse(item):
     """One server-sent event of a dict or of the word [DONE]; a comment for None."""
     if item is None:
@@ -492,12 +501,8 @@ class Service:
 
     async def _send_stream(self, answer, form, send):
         async def write(items, more=True):
-            body = "".join(map(sse, items)).encode()
-            try:
-                async with asyncio.timeout(STALL_SECONDS): # sending waits for the client when its buffers are full
-                    await send({"type": "http.response.body", "body": body, "more_body": more})
-            except TimeoutError:
-                raise ClientGone from None
+            body = "".join(map(sse, items)).encode() # sending waits for the client when the buffers are full
+            await in_time(send({"type": "http.response.body", "body": body, "more_body": more}), ClientGone())
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
                    (b"x-accel-buffering", b"no")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -602,11 +607,7 @@ class Gate:
         """Read the body, then give it again. One that is too long is read for a while, so that the client listens."""
         chunks, size, more = [], 0, True
         while more and size <= 16 * MAX_BODY:
-            try:
-                async with asyncio.timeout(STALL_SECONDS):
-                    message = await receive()
-            except TimeoutError:
-                raise ApiError(408, "the body of the request did not come") from None
+            message = await in_time(receive(), ApiError(408, "the body of the request did not come"))
             if message["type"] == "http.disconnect":
                 raise ClientGone
             size += len(message.get("body", b""))
