@@ -51,7 +51,7 @@ def to_turns(messages, merge=False):
 
 def _parts_of(i, message):
     """[(part type, text), ...] of message i. Raises ValueError."""
-    role, content = message["role"], message["content"]
+    role, content = message["role"], message.get("content")
     if role == "assistant" and message.get("parts"):
         content = message["parts"]
     if content is None and role != "assistant":

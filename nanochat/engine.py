@@ -8,7 +8,15 @@ lines: requests that wait get free places, some prompt tokens are read, all othe
 was drawn for it. Requests join and leave at any step (continuous batching: Yu et al. 2022, Orca,
 https://www.usenix.org/conference/osdi22/presentation/yu). Each stands at a position of its own and draws from a
 generator of its own, so what it says does not depend on its neighbours. A prompt that begins like one whose keys are
-still in the cache starts from those.
+still in the cache starts from those. Four requests and three places, where C has a long prompt:
+
+    step    one token more for    prompt tokens read         waiting for a place
+    1       -                     A and B: all
+    2       A, B                  C: the first 256           D
+    3       A, B                  C: the next 256            D        B has ended, its place is free
+    4       A                     D: all, being short                 whoever has read all gets a token at once
+    5       A, D                  C: the next 256
+    6       A, D                  C: the rest
 
 The engine is handed model and tokenizer: it calls the model with ids and a cache, knows no text, and uses the tokenizer
 for the special ids and for the tool. It opens no autocast: a model has one dtype.
@@ -30,6 +38,8 @@ TOOL_ERROR = "error"  # what the model reads when the calculator has no result
 PREFILL_TOKENS = 4096 # so many prompt positions a step at most, where nobody waits for the next token
 MIN_SHARED = 16       # tokens that prompts must have in common before keys are copied, or waited for
 PATIENCE = 64         # a prompt that waits goes before one that came a step later and is at most so much shorter
+NOT_FINITE = ("the logits are not finite: take another checkpoint if the weights are damaged, or --dtype float32 if "
+              "the dtype is too coarse")
 
 
 class KVCache:
@@ -123,6 +133,12 @@ class KVCache:
             for cache in (self.k_cache, self.v_cache):
                 cache[:, target, :length] = cache[:, source, :length]
 
+    def clear_row(self, row):
+        """Zeros all along the row: what is not finite would come through a mask, as 0 times NaN is NaN."""
+        for cache in (self.k_cache, self.v_cache):
+            if cache is not None:
+                cache[:, row] = 0
+
     def swap_rows(self, a, b, length):
         """Rows a and b change places, their first `length` positions at least."""
         if self.k_cache is not None:
@@ -146,6 +162,11 @@ def _uniforms(rng, num_rows, device):
     return 1 - draws.to(device).unsqueeze(1)
 
 
+def can_be_drawn_from(logits):
+    """For each row of logits (B, V) whether its largest one is finite, (B,) bool; a NaN anywhere is the largest."""
+    return logits.amax(dim=-1).isfinite()
+
+
 def sample_next_token(logits, rng, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """
     Draw one id for each row.
@@ -163,9 +184,8 @@ def sample_next_token(logits, rng, temperature=1.0, top_k=None, top_p=None, min_
     """
     if not temperature >= 0: # nan is not either
         raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if not logits.amax(dim=-1).isfinite().all(): # a NaN anywhere makes it NaN
-        raise UserError("the logits are not finite: take another checkpoint if the weights are damaged, or "
-                        "--dtype float32 if the dtype is too coarse")
+    if not can_be_drawn_from(logits).all():
+        raise UserError(NOT_FINITE)
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     is_nucleus, ids = top_p is not None and top_p < 1, None
@@ -211,7 +231,8 @@ class Request:
         self.tokens = []          # the completion without its terminal token
         self.masks = []           # 1 = sampled, 0 = forced by the tool
         self.end = []             # its terminal token, when it has come
-        self.finish_reason = None # stop, length or cancelled, when it has ended
+        self.finish_reason = None # stop, length, cancelled or broken (logits that are not finite), when it has ended
+        self.started_at = None    # when it got its place, by time.monotonic
         self.cached_tokens = 0    # so many of the prompt's tokens were not read but found in the cache
         self.is_cancelled = False
         self.forced = deque()     # ids that come next, whatever is sampled
@@ -237,6 +258,12 @@ class Request:
         self.finish_reason = reason
         if self.on_end is not None:
             self.on_end(self)
+
+
+def _refuse_broken(request):
+    """Called at the end of a request whose caller has no use for the others either."""
+    if request.finish_reason == "broken":
+        raise UserError(NOT_FINITE)
 
 
 class Place:
@@ -283,10 +310,6 @@ class Batch:
         self.num_decoding = self.num_busy = self.num_steps = 0
         self.waiting = deque()
 
-    @property
-    def num_waiting(self):
-        return len(self.waiting)
-
     def submit(self, request):
         """
         Let a request wait for a place. One that asks for more tokens than the capacity leaves gets those: a prompt of P
@@ -310,11 +333,11 @@ class Batch:
         """One round for all. Returns how many requests still run or wait."""
         self.num_steps += 1
         self._drop_cancelled()
-        self._admit()
+        self._admit() # from here on a request has a place
         logits = [*self._decode(), *self._read()] # in the order of the rows: those that have read theirs join behind
-        if logits:
+        if logits: # of every row that decodes now, those that just joined included
             logits = torch.cat(logits)
-            for i, token in enumerate(self._sample(logits)):
+            for i, token in self._sample(logits):
                 self._accept(self.places[i].request, token, logits[i])
         for i in reversed(range(self.num_decoding)):
             if self.places[i].request.done:
@@ -354,8 +377,11 @@ class Batch:
                 request.finish("cancelled")
 
     def _release(self, i):
-        """The request of place i goes; its keys stay."""
+        """The request of place i goes; its keys stay, unless they are not finite."""
         place = self.places[i]
+        if place.request.finish_reason == "broken":
+            place.ids = []
+            self.cache.clear_row(i)
         place.request, place.left = None, self.num_steps
         if i < self.num_decoding:
             self.num_decoding -= 1
@@ -364,6 +390,11 @@ class Batch:
         self.num_busy -= 1
         self._swap(i, self.num_busy)
 
+    def num_cached(self, prompt):
+        """How many of its tokens a prompt would find in the cache. From another thread than `step`'s: an estimate."""
+        most = max(num_shared(prompt[:-1], place.ids) for place in self.places)
+        return most if most >= MIN_SHARED else 0
+
     def _admit(self):
         """Requests that wait get free places, in turn, unless the beginning of their prompt is just being read."""
         if self.num_busy == len(self.places):
@@ -371,7 +402,7 @@ class Batch:
         for request in list(self.waiting):
             prompt = request.prompt
             shared = [num_shared(prompt[:-1], place.ids) for place in self.places] # the last token gives the logits
-            best = max(range(len(shared)), key=lambda i: (shared[i], i >= self.num_busy))
+            best = max(range(len(shared)), key=lambda i: (shared[i], i >= self.num_busy)) # an idle one needs no copy
             reading = [place.request.prompt for place in self.places[self.num_decoding:self.num_busy]]
             if any(prompt == other or num_shared(prompt, other) >= shared[best] + MIN_SHARED for other in reading):
                 continue
@@ -389,7 +420,7 @@ class Batch:
         if length and not is_taken_over:
             self.cache.copy_row(source, target, length)
         place.request, place.ids, place.joined = request, request.prompt[:length], self.num_steps
-        request.cached_tokens = length
+        request.started_at, request.cached_tokens = time.monotonic(), length
         self._swap(target, self.num_busy)
         self.num_busy += 1
 
@@ -457,18 +488,23 @@ class Batch:
         self.num_decoding += 1
 
     def _sample(self, logits):
-        """Draw an id for every decoding row from its logits (num_decoding, V). Returns a list of ids."""
-        requests, groups = [place.request for place in self.places[:self.num_decoding]], {}
-        for i, request in enumerate(requests): # equal settings draw together
-            settings = (request.temperature, request.top_k, request.top_p, request.min_p)
-            groups.setdefault(settings, []).append(i)
-        ids = [None] * len(requests)
+        """
+        Draw an id for every decoding row from its logits (num_decoding, V). Returns pairs of (row, id), without the
+        rows that none can be drawn from: their requests are finished, and nobody else's.
+        """
+        groups, drawn = {}, []
+        for i, can_be_drawn in enumerate(can_be_drawn_from(logits).tolist()):
+            request = self.places[i].request
+            if can_be_drawn: # equal settings draw together
+                settings = (request.temperature, request.top_k, request.top_p, request.min_p)
+                groups.setdefault(settings, []).append(i)
+            else:
+                request.finish("broken")
         for settings, rows in groups.items():
-            of_group = logits if len(groups) == 1 else logits[rows]
-            drawn = sample_next_token(of_group, [requests[i].rng for i in rows], *settings)
-            for i, token in zip(rows, drawn.flatten().tolist(), strict=True):
-                ids[i] = token
-        return ids
+            of_group = logits if len(rows) == len(logits) else logits[rows]
+            ids = sample_next_token(of_group, [self.places[i].request.rng for i in rows], *settings)
+            drawn += zip(rows, ids.flatten().tolist(), strict=True)
+        return drawn
 
 # -----------------------------------------------------------------------------
 
@@ -531,8 +567,8 @@ class Engine:
         """A batch with num_samples requests for each prompt, and those requests."""
         capacity = None if max_tokens is None else max((len(p) + max(0, max_tokens - 1) for p in prompts), default=1)
         batch = Batch(self, max(1, min(max_rows, num_samples * len(prompts))), capacity, PREFILL_TOKENS)
-        samples = [[Request(prompt, max_tokens, seed=derive_seed(seed, row), **settings) for row in range(num_samples)]
-                   for prompt, seed in zip(prompts, seeds, strict=True)]
+        samples = [[Request(prompt, max_tokens, seed=derive_seed(seed, row), on_end=_refuse_broken, **settings)
+                    for row in range(num_samples)] for prompt, seed in zip(prompts, seeds, strict=True)]
         for rows in sorted(samples, key=lambda rows: -len(rows[0].prompt) if rows else 0): # of like length together
             for request in rows:
                 batch.submit(request)

@@ -29,7 +29,7 @@ import torch
 
 from nanochat.chat import AnswerStream, build_prompt, to_turns
 from nanochat.common import UserError
-from nanochat.engine import Batch, Request, derive_seed
+from nanochat.engine import NOT_FINITE, Batch, Request, derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,9 @@ MAX_TOTAL_CHARS = 32_000 # of all messages to it
 MAX_CHOICES = 8
 MAX_TOKENS = 4096      # that a request to the page's endpoint may ask for
 MAX_TOP_K = 200
+MAX_PARTS = 50_000     # of a message; an answer that comes back has one for every token, or almost
+MAX_UNSENT = 1024      # events of an answer that wait for its client to read
+STALL_SECONDS = 20     # that a client may take nothing of its answer, or send nothing of its request
 PING_SECONDS = 15      # of silence, then a comment tells proxies and the client that the stream lives
 TICK_SECONDS = 0.1     # how often time limits and silence are looked at
 EXAMPLES = ["What is the capital of France?", "What is the opposite of hot?", "How do you spell the word apple?",
@@ -49,6 +52,7 @@ UNSUPPORTED = {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_
                "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
                "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
                "web_search_options": ()}
+NO_RETRY = {"x-should-retry": "false"} # tells OpenAI's client: it would end like this again
 to_json = json.JSONEncoder(ensure_ascii=False).encode # made once: it is called for every token
 LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)} # some clients would split a line there
 CSP = ("default-src 'none'; script-src 'self' 'nonce-{}'; style-src 'unsafe-inline'; img-src 'self' data:; "
@@ -84,6 +88,15 @@ class ClientGone(Exception):
     """The client left: nobody reads what would be sent."""
 
 
+async def in_time(awaitable, error):
+    """What the client makes us wait for. Raises `error` when that takes too long."""
+    try:
+        async with asyncio.timeout(STALL_SECONDS):
+            return await awaitable
+    except TimeoutError:
+        raise error from None
+
+
 def sse(item):
     """One server-sent event of a dict or of the word [DONE]; a comment for None."""
     if item is None:
@@ -102,15 +115,10 @@ class Choice:
         self.stream = AnswerStream(tokenizer, stop)
         self.request = Request(prompt, on_token=self.on_token, **sampling)
         self.request.on_end = self.on_end
-        self.give = None          # where parts go: set by the worker
-        self.is_cancelled, self.finish_reason = False, None
-        self.admitted_at = self.first_at = self.ended_at = None
+        self.outbox = None        # where parts go: the list of the worker that makes it
+        self.finish_reason = self.first_at = self.ended_at = None
         self.num_visible = 0      # characters of text given so far
         self.entries = deque()    # log-probabilities that wait for their text: (characters before it, entry)
-
-    def cancel(self):
-        self.is_cancelled = True
-        self.request.cancel()
 
     def on_token(self, token, mask, logprob):
         self.first_at = self.first_at or time.monotonic()
@@ -124,7 +132,7 @@ class Choice:
         stopped = self.stream.stopped
         for part in self.stream.flush():
             self._give(part)
-        self.finish_reason = "stop" if stopped else request.finish_reason or "cancelled"
+        self.finish_reason = "stop" if stopped else request.finish_reason
         self.ended_at = time.monotonic()
         self._give({"type": "end"})
 
@@ -134,7 +142,7 @@ class Choice:
             self.num_visible += len(part["text"])
             while self.entries and self.entries[0][0] < self.num_visible: # those of a stop string never are
                 ready.append(self.entries.popleft()[1])
-        self.give((self, part, ready))
+        self.outbox.append((self, part, ready))
 
     def _entry(self, token, logprob, top):
         """OpenAI's form of a token's log-probability, and those of the likeliest tokens in its place."""
@@ -152,113 +160,100 @@ class Worker(threading.Thread):
 
     def __init__(self, engine, gpu, max_rows, loop, on_failure):
         super().__init__(name=f"engine {gpu}", daemon=True)
-        self.engine, self.gpu, self.max_rows, self.loop, self.on_failure = engine, gpu, max_rows, loop, on_failure
+        self.gpu, self.max_rows, self.loop, self.on_failure = gpu, max_rows, loop, on_failure
+        self.device = torch.device(engine.model.get_device())
+        self.batch = Batch(engine, max_rows)
         self.inbox, self.ended = queue.SimpleQueue(), threading.Event()
-        self.waiting = deque()
         self.outbox = []
         self.load = 0 # choices handed over that have not ended; read and written on the event loop only
 
     def run(self):
         try:
-            device = torch.device(self.engine.model.get_device())
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            self.batch = Batch(self.engine, self.max_rows)
-            while self._admit():
-                self.batch.step()
-                self._hand_over()
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            num_open = 0
+            while self._take_in(is_idle=not num_open):
+                num_open = self.batch.step()
+                if self.outbox:
+                    self.loop.call_soon_threadsafe(self._deliver, self.outbox[:])
+                    self.outbox.clear() # the same list: choices hold it
         except Exception as error:
             logger.exception("the engine failed")
             self.loop.call_soon_threadsafe(self.on_failure, error)
         finally:
             self.ended.set()
 
-    def _num_rows(self):
-        return self.batch.num_busy + self.batch.num_waiting
-
-    def _admit(self):
-        """Fill free rows from the queue; sleep while there is nothing to do. False when told to end."""
-        is_idle = not self.waiting and not self._num_rows()
-        while True:
-            try:
-                choice = self.inbox.get(block=is_idle)
-            except queue.Empty:
-                break
-            if choice is None:
-                return False
-            choice.give, is_idle = self.outbox.append, False
-            self.waiting.append(choice)
-        for choice in [choice for choice in self.waiting if choice.is_cancelled]:
-            self.waiting.remove(choice)
-            choice.on_end(choice.request)
-        while self.waiting and self._num_rows() < self.max_rows:
-            choice = self.waiting.popleft()
-            choice.admitted_at = time.monotonic()
-            self.batch.submit(choice.request)
+    def _take_in(self, is_idle):
+        """Let what has come join the batch; sleep until something comes when idle. False when told to end."""
+        with contextlib.suppress(queue.Empty):
+            while (choice := self.inbox.get(block=is_idle)) is not None:
+                choice.outbox, is_idle = self.outbox, False
+                self.batch.submit(choice.request)
+            return False
         return True
-
-    def _hand_over(self):
-        if self.outbox:
-            self.loop.call_soon_threadsafe(self._deliver, self.outbox[:])
-            self.outbox.clear() # the same list: choices hold its append
 
     def _deliver(self, events):
         """On the event loop: every part to the answer that waits for it."""
         now = time.monotonic()
         for event in events:
-            answer = event[0].answer
-            self.load -= event[1]["type"] == "end"
-            answer.heard_at = now
-            answer.events.put_nowait(event)
+            choice, is_end = event[0], event[1]["type"] == "end"
+            self.load -= is_end
+            choice.answer.heard_at = now
+            if is_end and choice.finish_reason == "broken":
+                choice.answer.end(ApiError(500, NOT_FINITE, headers=NO_RETRY))
+            else:
+                choice.answer.put(event)
 
 # -----------------------------------------------------------------------------
 # The event loop's side
 
 class Answer:
-    """What one HTTP request asks for, n choices, and the queue by which their parts arrive."""
+    """What one HTTP request asks for, n choices, and what has come of them that its client was not yet sent."""
 
     def __init__(self, prompt):
         self.prompt, self.choices = prompt, []
         self.id, self.status, self.gpu = "", 200, 0
-        self.events = asyncio.Queue() # of (choice, part, log-probability entries), or an error that ends it all
+        self.unsent, self.error = [], None # events: (choice, part, log-probability entries); what ends it all
+        self.has_news = asyncio.Event()
         self.arrived_at = self.heard_at = time.monotonic()
 
-    def cancel(self):
-        for choice in self.choices:
-            choice.cancel()
+    def put(self, event):
+        self.unsent.append(event)
+        self.has_news.set()
+        if len(self.unsent) > MAX_UNSENT: # the client does not read: it is not worth a row
+            self.end(ClientGone())
 
-    def end(self, error):
+    def end(self, error=None):
         """Stop here; the client is told why."""
-        self.cancel()
-        self.events.put_nowait(error)
+        for choice in self.choices:
+            choice.request.cancel()
+        self.error = self.error or error
+        self.has_news.set()
 
     async def batches(self):
         """Lists of the events that have come, until all choices have ended. Raises the error that ends it early."""
         num_open = len(self.choices)
         while num_open:
-            batch, error = [await self.events.get()], None
-            while not self.events.empty():
-                batch.append(self.events.get_nowait())
-            if failures := [i for i, event in enumerate(batch) if isinstance(event, Exception)]:
-                batch, error = batch[:failures[0]], batch[failures[0]]
+            await self.has_news.wait()
+            self.has_news.clear()
+            batch, self.unsent = self.unsent, []
             num_open -= sum(part["type"] == "end" for _, part, _ in batch)
             yield batch
-            if error is not None:
-                raise error
+            if self.error is not None:
+                raise self.error
 
     def usage(self):
         return {"prompt_tokens": len(self.prompt.ids),
                 "completion_tokens": sum(len(choice.request.tokens) for choice in self.choices),
-                "cached_tokens": max((choice.request.cached_tokens or 0 for choice in self.choices), default=0)}
+                "cached_tokens": max((choice.request.cached_tokens for choice in self.choices), default=0)}
 
     def timings(self):
         """Milliseconds from arrival to the first row and to the first token; tokens per second from then on."""
-        def earliest(name):
-            return min((at for choice in self.choices if (at := getattr(choice, name))), default=None)
-        admitted, first = earliest("admitted_at"), earliest("first_at")
+        started = min((choice.request.started_at for choice in self.choices if choice.request.started_at), default=None)
+        first = min((choice.first_at for choice in self.choices if choice.first_at), default=None)
         seconds = max((choice.ended_at or 0 for choice in self.choices), default=0) - (first or 0)
         later = self.usage()["completion_tokens"] - sum(choice.first_at is not None for choice in self.choices)
-        return {"queue_ms": round(1000 * ((admitted or time.monotonic()) - self.arrived_at), 1),
+        return {"queue_ms": round(1000 * ((started or time.monotonic()) - self.arrived_at), 1),
                 "first_token_ms": first and round(1000 * (first - self.arrived_at), 1),
                 "tokens_per_second": round(later / seconds, 1) if first and later > 0 and seconds > 0 else None}
 
@@ -294,7 +289,7 @@ class CompletionForm:
     def __init__(self, answer, body, model):
         self.answer, self.with_logprobs = answer, body.logprobs
         self.base = {"id": "", "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
-        self.with_usage = bool((body.stream_options or {}).get("include_usage"))
+        self.with_usage = body.stream_options.get("include_usage", False)
 
     def opening(self):
         self.base["id"] = f"chatcmpl-{self.answer.id}"
@@ -395,8 +390,7 @@ class Service:
 
     async def _watch_clock(self):
         limit = self.settings.request_timeout
-        late = ApiError(504, f"the answer took more than {limit:g} seconds", "timeout",
-                        headers={"x-should-retry": "false"}) # it would take as long again
+        late = ApiError(504, f"the answer took more than {limit:g} seconds", "timeout", headers=NO_RETRY)
         while True:
             await asyncio.sleep(TICK_SECONDS)
             now = time.monotonic()
@@ -405,7 +399,7 @@ class Service:
                     answer.end(late)
                 elif now > answer.heard_at + PING_SECONDS:
                     answer.heard_at = now
-                    answer.events.put_nowait((None, {"type": "ping"}, ()))
+                    answer.put((None, {"type": "ping"}, ()))
 
     # ---- what is going on ----
 
@@ -426,7 +420,7 @@ class Service:
     def stats(self):
         total, available = len(self.workers), self._num_available()
         return {"total_workers": total, "available_workers": available, "busy_workers": total - available,
-                "workers": [{"gpu_id": worker.gpu, "device": str(worker.engine.model.get_device())}
+                "workers": [{"gpu_id": worker.gpu, "device": str(worker.device)}
                             for worker in self.workers],
                 "running": self.num_running(), "waiting": self.num_waiting(),
                 "max_batch": self.settings.max_batch, "max_queue": self.settings.max_queue}
@@ -441,17 +435,23 @@ class Service:
         if self.status != "ok":
             code = {"draining": "shutting_down"}.get(self.status, self.status)
             raise ApiError(503, f"the server does not serve now: {self.status}", code, headers={"Retry-After": "5"})
-        if all(worker.load >= worker.max_rows for worker in self.workers) \
-                and self.num_waiting() >= self.settings.max_queue:
+        if not self._num_available() and self.num_waiting() >= self.settings.max_queue:
             raise ApiError(429, f"{self.num_waiting()} requests wait already, the queue is full: try again later",
                            "queue_full", headers={"Retry-After": "1"})
 
-    async def prepare(self, messages, merge, stop, seed, n=1, max_tokens=None, **sampling):
+    def choose_worker(self, prompt):
+        """The replica that holds most of a prompt in its cache, of those that are not much busier than the freest."""
+        least = min(worker.load for worker in self.workers)
+        busiest = min(least + self.settings.max_batch // 4, self.settings.max_batch - 1)
+        near = [worker for worker in self.workers if worker.load <= max(least, busiest)]
+        return max(near, key=lambda worker: (worker.batch.num_cached(prompt), -worker.load))
+
+    async def prepare(self, body, merge, max_tokens, n=1, logprobs=None):
         """An Answer with its prompt and its choices, not yet submitted. Raises ApiError."""
         self.check_room()
 
         def build(): # long texts take their time: not on the event loop
-            system, turns = to_turns(messages, merge)
+            system, turns = to_turns(body.messages, merge)
             return build_prompt(self.tokenizer, turns, self.context, max_tokens, system, may_drop=not merge)
         try:
             answer = Answer(await asyncio.to_thread(build))
@@ -459,19 +459,20 @@ class Service:
             raise ApiError(400, str(error), param="messages") from error
         except UserError as error:
             raise ApiError(400, str(error), "context_length_exceeded", "messages") from error
-        seed = random.randrange(2**31) if seed is None else seed
-        stop = [stop] if isinstance(stop, str) else stop or []
+        seed = random.randrange(2**31) if body.seed is None else body.seed
+        stop = [body.stop] if isinstance(body.stop, str) else body.stop
         answer.choices = [Choice(answer, i, self.tokenizer, answer.prompt.ids, stop, max_tokens=max_tokens,
-                                 seed=derive_seed(seed, i) if i else seed, **sampling) for i in range(n)]
+                                 temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, min_p=body.min_p,
+                                 seed=derive_seed(seed, i) if i else seed, logprobs=logprobs) for i in range(n)]
         if self.settings.log_conversations:
-            said = (f"[{message['role'].upper()}]: {message['content']!r}" for message in messages)
+            said = (f"[{message['role'].upper()}]: {message.get('content')!r}" for message in body.messages)
             logger.info("\n".join(["=" * 20, *said, "-" * 20]))
         return answer
 
     async def respond(self, answer, form, is_stream, receive, send):
         """Submit an answer and send what comes. However this ends, its rows are free a step later."""
         self.check_room()
-        worker = min(self.workers, key=lambda worker: worker.load)
+        worker = self.choose_worker(answer.prompt.ids)
         answer.gpu = worker.gpu
         worker.load += len(answer.choices)
         self.answers.add(answer)
@@ -489,7 +490,7 @@ class Service:
                 raise
         finally:
             watch.cancel()
-            answer.cancel()
+            answer.end()
             self.answers.discard(answer)
             self._record(answer)
 
@@ -500,9 +501,8 @@ class Service:
 
     async def _send_stream(self, answer, form, send):
         async def write(items, more=True):
-            if items or not more:
-                body = "".join(map(sse, items)).encode()
-                await send({"type": "http.response.body", "body": body, "more_body": more})
+            body = "".join(map(sse, items)).encode() # sending waits for the client when the buffers are full
+            await in_time(send({"type": "http.response.body", "body": body, "more_body": more}), ClientGone())
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
                    (b"x-accel-buffering", b"no")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -607,7 +607,7 @@ class Gate:
         """Read the body, then give it again. One that is too long is read for a while, so that the client listens."""
         chunks, size, more = [], 0, True
         while more and size <= 16 * MAX_BODY:
-            message = await receive()
+            message = await in_time(receive(), ApiError(408, "the body of the request did not come"))
             if message["type"] == "http.disconnect":
                 raise ClientGone
             size += len(message.get("body", b""))
@@ -627,46 +627,50 @@ def _error_response(error):
     return JSONResponse(error.body, error.status, error.headers)
 
 
-def _schemas():
+def _schemas(settings):
     """The bodies of the two endpoints as pydantic classes; explicit null is the same as absence everywhere."""
-    from pydantic import BaseModel, ConfigDict, Field
-
-    def between(low, high):
-        return Field(None, ge=low, le=high)
+    from pydantic import BaseModel, ConfigDict, Field, model_validator
+    from typing_extensions import NotRequired, TypedDict
     Text = Annotated[str, Field(min_length=1)]
 
-    class Strict(BaseModel):
-        model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
-
-    class Part(Strict):
+    # Dicts, and nothing read on after an error: a hostile megabyte would stop the event loop for seconds.
+    class Part(TypedDict):
         type: str
-        text: str | None = None
+        text: NotRequired[str | None]
+    Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 
-    class Message(Strict):
+    class Message(TypedDict):
         role: str
-        content: str | list[Part] | None = None
-        parts: list[Part] | None = None
+        content: NotRequired[str | Parts | None]
+        parts: NotRequired[Parts | None]
 
-    class Chat(Strict):
-        messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-        temperature: float | None = between(0, 2)
-        top_p: float | None = between(0, 1)
-        min_p: float | None = between(0, 1)
-        top_k: int | None = between(0, MAX_TOP_K)
-        max_tokens: int | None = between(1, MAX_TOKENS)
-        seed: int | None = between(-2**63, 2**63 - 1)
-        stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    class Chat(BaseModel):
+        model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+        messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+        temperature: float = Field(settings.temperature, ge=0, le=2)
+        top_p: float = Field(1.0, ge=0, le=1)
+        min_p: float = Field(0.0, ge=0, le=1)
+        top_k: int = Field(settings.top_k, ge=0, le=MAX_TOP_K)
+        max_tokens: int = Field(settings.max_tokens, ge=1, le=MAX_TOKENS)
+        seed: int | None = Field(None, ge=-2**63, le=2**63 - 1)
+        stop: Text | Annotated[list[Text], Field(max_length=4)] = []
+
+        @model_validator(mode="before")
+        @classmethod
+        def without_nulls(cls, body):
+            return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
 
     class Completion(Chat):
-        model: str | None = None
-        top_k: int | None = between(0, None)
-        max_tokens: int | None = between(1, None)
-        max_completion_tokens: int | None = between(1, None)
-        n: int | None = between(1, MAX_CHOICES)
-        logprobs: bool | None = None
-        top_logprobs: int | None = between(0, 20)
-        stream: bool | None = None
-        stream_options: dict[str, bool | None] | None = None
+        model: str = settings.model
+        temperature: float = Field(1.0, ge=0, le=2)
+        top_k: int = Field(0, ge=0)
+        max_tokens: int | None = Field(None, ge=1)
+        max_completion_tokens: int | None = Field(None, ge=1)
+        n: int = Field(1, ge=1, le=MAX_CHOICES)
+        logprobs: bool = False
+        top_logprobs: int = Field(0, ge=0, le=20)
+        stream: bool = False
+        stream_options: Annotated[dict[str, bool | None], Field(max_length=9)] = {}
 
     return Chat, Completion
 
@@ -674,10 +678,10 @@ def _schemas():
 def _check_chat(body):
     """Limits of the page's endpoint, in characters. Answers may be of any length: they come from us."""
     def length(message):
-        return len(message.content) if isinstance(message.content, str) else \
-            sum(len(part.text or "") for part in message.content or [])
+        content = message.get("content") or ""
+        return len(content) if isinstance(content, str) else sum(len(part.get("text") or "") for part in content)
     for i, message in enumerate(body.messages):
-        if message.role == "user" and not 1 <= length(message) <= MAX_CHARS:
+        if message["role"] == "user" and not 1 <= length(message) <= MAX_CHARS:
             raise ApiError(400, f"message {i} must have 1 to {MAX_CHARS} characters, got {length(message)}",
                            param="messages")
     if sum(map(length, body.messages)) > MAX_TOTAL_CHARS:
@@ -689,14 +693,14 @@ def _no_model(name, ours):
 
 
 def _check_completion(body, model):
-    if body.model not in (None, model):
+    if body.model != model:
         raise _no_model(body.model, model)
     for name, harmless in UNSUPPORTED.items():
-        if (value := (body.model_extra or {}).get(name)) is not None and value not in harmless:
+        if (value := body.model_extra.get(name)) is not None and value not in harmless:
             raise ApiError(400, f"the parameter {name} is not supported", "unsupported_parameter", name)
-    if body.top_logprobs is not None and not body.logprobs:
+    if "top_logprobs" in body.model_fields_set and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
-    if body.stream_options is not None and not body.stream:
+    if "stream_options" in body.model_fields_set and not body.stream:
         raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
 
 
@@ -783,7 +787,8 @@ def _add_status(app, service):
 
 def _add_answers(app, service):
     from fastapi.responses import Response
-    settings, (ChatBody, CompletionBody) = service.settings, _schemas()
+    settings = service.settings
+    ChatBody, CompletionBody = _schemas(settings)
 
     class Reply(Response):
         """Runs an answer from its submission to its end, so that nothing can be lost in between."""
@@ -798,22 +803,14 @@ def _add_answers(app, service):
     @app.post("/chat/completions")
     async def chat(body: ChatBody):
         _check_chat(body)
-        def chosen(value, default):
-            return default if value is None else value
-        answer = await service.prepare(
-            [message.model_dump() for message in body.messages], False, body.stop, body.seed,
-            max_tokens=chosen(body.max_tokens, settings.max_tokens), top_k=chosen(body.top_k, settings.top_k),
-            temperature=chosen(body.temperature, settings.temperature), top_p=body.top_p, min_p=body.min_p)
+        answer = await service.prepare(body, False, body.max_tokens)
         return Reply(answer, ChatForm(answer), True)
 
     @app.post("/v1/chat/completions")
     async def completion(body: CompletionBody):
         _check_completion(body, settings.model)
-        answer = await service.prepare(
-            [message.model_dump() for message in body.messages], True, body.stop, body.seed, body.n or 1,
-            max_tokens=body.max_completion_tokens or body.max_tokens, top_k=body.top_k, top_p=body.top_p,
-            min_p=body.min_p, temperature=1.0 if body.temperature is None else body.temperature,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+        answer = await service.prepare(body, True, body.max_completion_tokens or body.max_tokens, body.n,
+                                       body.top_logprobs if body.logprobs else None)
         return Reply(answer, CompletionForm(answer, body, settings.model), body.stream)
 
 
@@ -834,6 +831,7 @@ def create_app(engines, settings):
     _add_pages(app)
     _add_status(app, service)
     _add_answers(app, service)
+    app.openapi() # kept from now on: while it is made, nobody else is served
     app.add_middleware(Gate, service=service)
     if settings.cors_origins:
         from fastapi.middleware.cors import CORSMiddleware
@@ -851,6 +849,8 @@ def serve(app, sock, drain=10):
     import uvicorn
     service = app.state.service
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) # connections inherit it; else small events wait 40 ms
+    if hasattr(socket, "TCP_USER_TIMEOUT"): # Linux breaks a connection off that takes nothing for so many ms
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * STALL_SECONDS)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame):

@@ -17,7 +17,7 @@ import threading
 from nanochat.chat import AnswerStream, frame, num_to_drop
 from nanochat.checkpoint_manager import STAGE_DIRS, load_model
 from nanochat.common import DTYPES, UserError, compute_init, get_compute_dtype, run_main
-from nanochat.engine import Batch, Engine, Request
+from nanochat.engine import NOT_FINITE, Batch, Engine, Request
 
 HEADING = """
 Type a message. "clear" starts a new conversation, "quit" or "exit" leaves, Ctrl-C stops an answer.
@@ -123,6 +123,8 @@ class Chat:
                 pass
         printer.show(stream.flush())
         printer.close()
+        if request.finish_reason == "broken": # such a turn is not remembered
+            raise UserError(NOT_FINITE)
         # However it ended (of itself, by bos, cut off), the turn is closed in the form the model was trained on.
         closing = [stream.tool[1]] if stream.tool else []
         self.turns += [question, [*said, *closing, self.end]]

@@ -8,9 +8,11 @@ Serve a model over HTTP: a chat page, its stream of events, and an API that Open
 Reads the checkpoints of the stage; writes nothing. The first Ctrl-C lets running answers end, the second ends them.
 """
 import argparse
+import atexit
 import gc
-import logging
+import logging.handlers
 import os
+import queue
 import socket
 
 import torch
@@ -93,11 +95,14 @@ def announce(host, port, has_key):
 
 
 def set_up_log():
-    """The server's own log, and nobody else's, to stderr."""
-    handler = logging.StreamHandler()
+    """The server's own log, and nobody else's, to stderr: by a thread, for a terminal that is held stops who writes."""
+    handler, records = logging.StreamHandler(), queue.SimpleQueue()
     handler.setFormatter(logging.Formatter("%(asctime)s - %(message)s", "%Y-%m-%d %H:%M:%S"))
+    listener = logging.handlers.QueueListener(records, handler)
+    listener.start()
+    atexit.register(listener.stop) # which writes what is left
     logger = logging.getLogger("nanochat.serving")
-    logger.addHandler(handler)
+    logger.addHandler(logging.handlers.QueueHandler(records))
     logger.setLevel(logging.INFO)
 
 

@@ -20,7 +20,10 @@ def special(name):
 
 
 class ChainModel:
-    """The next id is a function of the last one: `path` is what follows assistant_start; each step takes `seconds`."""
+    """
+    The next id is a function of the last one: `path` is what follows assistant_start; each step takes `seconds`. After
+    a ~ there is only NaN.
+    """
     def __init__(self, path, seconds=0.0, sequence_len=128):
         self.config = SimpleNamespace(n_head=1, n_kv_head=1, n_embd=4, n_layer=1, sequence_len=sequence_len)
         self.seconds, self.num_forwards, self.failure = seconds, 0, None
@@ -37,7 +40,8 @@ class ChainModel:
         self.num_forwards += 1
         kv_cache.advance(ids.size(1))
         wanted = torch.tensor([[self.after.get(token, token) for token in row] for row in ids.tolist()])
-        return 90 * torch.nn.functional.one_hot(wanted, TOKENIZER.get_vocab_size()).float()
+        logits = 90 * torch.nn.functional.one_hot(wanted, TOKENIZER.get_vocab_size()).float()
+        return logits.masked_fill((ids == ord("~"))[:, :, None], torch.nan)
 
 
 def path_of(*parts):

@@ -258,6 +258,48 @@ def test_logits_that_are_not_finite_are_told(temperature, bad):
         sample_next_token(logits, rngs(2), temperature)
 
 
+class PoisonedModel(HistoryModel):
+    """A row whose newest id is 200 gets NaN keys and logits; so does whatever looks at NaN keys, masked or not."""
+    def logits(self, ids, kv_cache):
+        logits = super().logits(ids, kv_cache)
+        for layer in (kv_cache.k_cache, kv_cache.v_cache):
+            for row, start in enumerate(kv_cache.positions):
+                layer[1, row, start:start + ids.size(1), 0, 0] = torch.where(ids[row] == 200, math.nan, 0.0)
+        return logits + kv_cache.k_cache[1, :, :, 0, 0].sum(-1)[:, None, None]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_row_whose_logits_are_not_finite_ends_alone(temperature):
+    """It breaks while its prompt is read or while it decodes; the others say what they say without it."""
+    prompts = [[BOS, *range(30)], [BOS, *range(18), 200, 7], [BOS, *range(20), 7]]
+    ended, expected = [], [alone(HistoryModel(), Request(prompt, 12, temperature)) for prompt in prompts]
+    batch = Batch(make_engine(PoisonedModel()), 3)
+    requests = [Request(prompt, 12, temperature, on_end=ended.append) for prompt in prompts]
+    for request in requests:
+        batch.submit(request)
+        batch.step()
+        batch.step()
+    requests[0].tokens[-1] = 200 # what it reads in the next step
+    batch.step()
+    assert ended == [requests[1], requests[0]] and not requests[1].tokens
+    later = [Request([*prompts[0], 9], 12, temperature), Request(prompts[2], 12, temperature)] # in the places of both
+    for request in later:
+        batch.submit(request)
+    while batch.step():
+        pass
+    assert [request.finish_reason == "broken" for request in [*requests, *later]] == [True, True, False, False, False]
+    assert (requests[2].tokens, later[1].tokens) == (expected[2][0], expected[2][0])
+    assert later[0].tokens == alone(HistoryModel(), Request([*prompts[0], 9], 12, temperature))[0]
+    assert not batch.cache.k_cache.isnan().any() and not batch.cache.v_cache.isnan().any()
+
+
+@pytest.mark.parametrize("call", ["generate", "generate_batch", "generate_many"])
+def test_whoever_generates_is_told_that_logits_are_not_finite(call):
+    prompt = [BOS, 200]
+    with pytest.raises(UserError, match="the logits are not finite: take another checkpoint"):
+        list(getattr(make_engine(PoisonedModel()), call)([[BOS, 5], prompt] if "many" in call else prompt))
+
+
 def test_derived_seeds_differ_and_are_stable():
     assert len({derive_seed(seed, i) for seed in range(30) for i in range(30)}) == 900
     assert derive_seed(42, 0) == 3714959984187524227 # a published run must be repeatable elsewhere

@@ -303,6 +303,18 @@ def test_oldest_turns_are_dropped_and_it_says_so(tokenizer, capsys):
     assert chat.turns == turns
 
 
+def test_an_answer_that_breaks_is_told_and_forgotten(tokenizer, capsys):
+    chat, _ = make_chat(tokenizer, ids_of(tokenizer, "sat"), ids_of(tokenizer, "the"))
+    forward = chat.batch.model.forward
+    chat.batch.model.forward = lambda ids, kv_cache: forward(ids, kv_cache) * (1 if ids.size(1) > 1 else float("nan"))
+    with pytest.raises(UserError, match="the logits are not finite"):
+        chat.answer("cat")
+    assert capsys.readouterr().out.startswith("Assistant: s") and chat.turns == []
+    chat.batch.model.forward = forward
+    chat.answer("cat")
+    assert capsys.readouterr().out == "Assistant: the\n" and len(chat.turns) == 2
+
+
 def test_an_answer_never_leaves_the_context(tokenizer):
     chat, requests = make_chat(tokenizer, ids_of(tokenizer, "the") * 200, flags=["--max-tokens", "1000"])
     chat.answer("cat")

@@ -1,5 +1,6 @@
 """The HTTP server, by real clients over real sockets: what it says, whom it refuses, and that nothing stays behind."""
 import concurrent.futures
+import contextlib
 import json
 import math
 import random
@@ -309,6 +310,15 @@ def test_broken_bodies(hello, path, body):
     error_of(HTTP.post(hello.url + path, content=body, headers={"Content-Type": "application/json"}), 400)
 
 
+@pytest.mark.parametrize("content", ["[" + "1," * 400_000 + "1]", "[" + "{}," * 300_000 + "1]"], ids=["1", "{}"])
+def test_a_body_full_of_mistakes_is_refused_at_the_first(hello, content):
+    """It was read to the end before, which stopped the server for ten seconds."""
+    body = f'{{"messages": [{{"role": "user", "content": {content}}}], "stream": true}}'
+    start = time.process_time() # of this process: of the server too
+    error_of(HTTP.post(f"{hello.url}/v1/chat/completions", content=body), 400)
+    assert time.process_time() - start < 1
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_bodies_that_are_too_large(hello, chunked):
     body = json.dumps(ask("a" * (1 << 20))).encode()
@@ -323,10 +333,13 @@ def is_idle(server):
     return lambda: HTTP.get(f"{server.url}/stats").json()["running"] == 0
 
 
-def start_stream(server, path="/chat/completions", **fields):
+def start_stream(server, path="/chat/completions", receive_buffer=None, **fields):
     """A raw connection on which a request was sent: what a client that leaves has."""
-    body = json.dumps(ask(max_tokens=1500, **fields)).encode()
-    sock = socket.create_connection(("127.0.0.1", server.port))
+    body = json.dumps(ask(max_tokens=1500) | fields).encode()
+    sock = socket.socket()
+    if receive_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.connect(("127.0.0.1", server.port))
     sock.sendall(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
                  f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
     return sock
@@ -410,6 +423,73 @@ def test_an_answer_has_its_time(monkeypatch):
         wait_for(lambda: server.service.num_running() == 0)
 
 
+def test_a_request_goes_where_its_beginning_was_read_unless_that_replica_is_much_busier():
+    with running(ChainModel(FOREVER, seconds=0.02, sequence_len=2000), engines=3, max_batch=8) as server:
+        workers, question = server.service.workers, "What was it that the big cat ate?"
+
+        def gpu_and_cached(text):
+            *_, last_token, done = events_of(post(server, **ask(text, max_tokens=3)).text)
+            return last_token["gpu"], done["usage"]["cached_tokens"]
+
+        def streams_to(gpu, texts):
+            """Open streams, all of which must land on one replica."""
+            before = workers[gpu].load
+            socks = [start_stream(server, **ask(text)) for text in texts]
+            wait_for(lambda: workers[gpu].load == before + len(texts))
+            return socks
+        other = streams_to(0, ["something else"]) # the first of those that are equally free
+        home, cached = gpu_and_cached(question)
+        assert (home, cached) == (1, 0)
+        for i in range(3): # though 2 is as free
+            gpu, cached = gpu_and_cached(f"{question} {i}")
+            assert gpu == home and cached > 16
+        more = streams_to(home, [f"{question} {i}" for i in "ab"]) # 2 of 8 rows more than the freest: not much
+        assert gpu_and_cached(f"{question} c")[0] == home
+        more += streams_to(home, [f"{question} d"])
+        assert gpu_and_cached(f"{question} e") == (2, 0) # which has it from now on
+        assert gpu_and_cached(f"{question} f")[1] > 16
+        assert [worker.load for worker in workers] == [1, 3, 0]
+        for sock in other + more:
+            sock.close()
+        wait_for(lambda: not server.service.answers)
+
+
+def test_a_full_replica_gets_nothing_while_another_is_free():
+    with running(ChainModel(FOREVER, seconds=0.02, sequence_len=2000), engines=2, max_batch=1) as server:
+        socks = [start_stream(server, **ask("what is it that the cat ate?")) for _ in range(2)]
+        wait_for(lambda: [worker.load for worker in server.service.workers] == [1, 1])
+        for sock in socks:
+            sock.close()
+        wait_for(lambda: not server.service.answers)
+
+
+@pytest.mark.parametrize("max_unsent, seconds", [(50, 60), (10**6, 1)], ids=["by the queue", "by the time"])
+def test_who_does_not_read_loses_his_row(monkeypatch, max_unsent, seconds):
+    """He keeps the connection; what is made for him soon fills the buffers of the kernel. A row is freed, then all."""
+    monkeypatch.setattr(nanochat.serving, "MAX_UNSENT", max_unsent)
+    monkeypatch.setattr(nanochat.serving, "STALL_SECONDS", seconds)
+    with running(ChainModel(FOREVER, sequence_len=100_000), max_batch=8) as server:
+        fields = {"stream": True, "n": 8, "logprobs": True, "top_logprobs": 20, "max_completion_tokens": 90_000}
+        sock = start_stream(server, "/v1/chat/completions", receive_buffer=4096, **ask(**fields))
+        wait_for(lambda: server.service.num_running() == 8)
+        wait_for(lambda: server.service.num_running() == 0, seconds=60)
+        assert server.model.num_forwards < 20_000
+        if seconds == 1: # within it, the connection ends too
+            wait_for(lambda: not server.service.answers)
+            with contextlib.suppress(ConnectionResetError):
+                while sock.recv(1 << 16):
+                    pass
+        sock.close()
+        wait_for(lambda: not server.service.answers)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(nanochat.serving, "STALL_SECONDS", 1)
+    with running(ChainModel(HELLO)) as server, socket.create_connection(("127.0.0.1", server.port)) as sock:
+        sock.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
+        assert sock.recv(99).startswith(b"HTTP/1.1 408 ")
+
+
 def test_an_engine_that_fails_ends_every_answer_and_the_server():
     with running(ChainModel(FOREVER, seconds=0.02, sequence_len=5000), max_batch=1) as server:
         with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -420,6 +500,23 @@ def test_an_engine_that_fails_ends_every_answer_and_the_server():
                 assert events_of(stream.result().text)[-1]["error"]["type"] == "server_error"
         server.thread.join(10)
         assert "the engine failed (RuntimeError: out of memory)" in str(server.errors[0])
+
+
+def test_logits_that_are_not_finite_end_their_own_request_alone():
+    """The model says a, b, ~ and then has only NaN to say; an answer of two tokens never comes there."""
+    with running(ChainModel(path_of("ab~"), seconds=0.02, sequence_len=2000)) as server:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            other = pool.submit(post, server, **ask(max_tokens=2))
+            streamed = post(server, **ask(max_tokens=50))
+            *tokens, last = events_of(streamed.text)
+            assert "".join(event["token"] for event in tokens) == "ab~" and last["error"]["type"] == "server_error"
+            assert "logits are not finite" in last["error"]["message"]
+            whole = post(server, "/v1/chat/completions", **ask(n=2))
+            assert error_of(whole, 500)["message"] == last["error"]["message"]
+            assert whole.headers["x-should-retry"] == "false"
+            assert events_of(other.result().text)[-1]["done"]
+        assert events_of(post(server, **ask(max_tokens=2)).text)[-1]["done"] and not server.errors
+        wait_for(lambda: server.service.num_running() == 0)
 
 
 def test_draining_lets_answers_end_and_takes_no_more():
