@@ -10,6 +10,7 @@ text that spells one stays text. Knows nothing about models.
 """
 import base64
 import codecs
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -208,11 +209,15 @@ class RustBPETokenizer(_TextEncoder):
 class HuggingFaceTokenizer(_TextEncoder):
     """A `tokenizers.Tokenizer` in the same clothes, to evaluate other people's models. Renders no conversations."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, bos_token=None):
+        """bos_token: text of the token that sequences begin with; None: <|bos|>, else <|endoftext|>."""
+        self.tokenizer, self.bos_token = tokenizer, bos_token
         self.tokenizer.encode_special_tokens = True # as the plain text they are
         self.added = tokenizer.get_added_tokens_decoder() # id -> AddedToken
         self.special_ids = {token.content: token_id for token_id, token in self.added.items() if token.special}
+        decoder = json.dumps(json.loads(tokenizer.to_str())["decoder"]) # how tokens spell bytes
+        self.is_byte_level = '"ByteLevel"' in decoder
+        self.is_sentencepiece = '"Metaspace"' in decoder or '"ByteFallback"' in decoder
 
     @classmethod
     def from_pretrained(cls, hf_path):
@@ -250,10 +255,12 @@ class HuggingFaceTokenizer(_TextEncoder):
         write_json(os.path.join(tokenizer_dir, "tokenizer.json"), json.loads(self.tokenizer.to_str()))
 
     def get_bos_token_id(self):
-        return self.encode_special("<|bos|>" if "<|bos|>" in self.special_ids else "<|endoftext|>")
+        usual = "<|bos|>" if "<|bos|>" in self.special_ids else "<|endoftext|>"
+        return self.encode_special(self.bos_token or usual)
 
     def get_vocab_size(self):
-        return self.tokenizer.get_vocab_size()
+        """Largest id + 1: other people's vocabularies may have holes."""
+        return max(self.tokenizer.get_vocab().values()) + 1
 
     def get_special_tokens(self):
         return list(self.special_ids)
@@ -269,15 +276,22 @@ class HuggingFaceTokenizer(_TextEncoder):
         return self.tokenizer.id_to_token(token_id)
 
     def decode_single_token_bytes(self, token_id):
-        """Raw bytes of a token of a byte-level BPE. Raises KeyError for an unknown id, ValueError for other models."""
+        """
+        Raw bytes of a token as it stands within a text: of a byte-level vocabulary (as GPT-2's), or of SentencePiece's
+        (as Llama's), where U+2581 is a blank and <0xE2> a byte. KeyError: unknown id; ValueError: another kind.
+        """
         token, alphabet = self.id_to_token(token_id), _byte_level_alphabet()
         if token is None:
             raise KeyError(token_id)
-        if token_id in self.added:
+        if token_id in self.added or (self.is_byte_level and not set(token) <= alphabet.keys()):
             return token.encode("utf-8")
-        if not set(token) <= alphabet.keys():
-            raise ValueError(f"bytes per token are known for byte-level BPE only (as GPT-2's), not for {token!r}")
-        return bytes(alphabet[char] for char in token)
+        if self.is_byte_level:
+            return bytes(alphabet[char] for char in token)
+        if not self.is_sentencepiece:
+            raise ValueError("bytes per token are known for byte-level (as GPT-2's) and SentencePiece vocabularies (as "
+                             f"Llama's) only, not for one with the token {token!r}")
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+        return bytes.fromhex(byte[1]) if byte else token.replace("\u2581", " ").encode("utf-8")
 
 class IncrementalDecoder:
     """Text of a stream of ids in linear time, cut between whole characters only. Special tokens give no text."""
@@ -311,10 +325,12 @@ def get_token_bytes(device="cpu"):
         raise ValueError(f"{path} is damaged: run `python -m scripts.tok_train` again") from error
 
 def token_bytes_of(tokenizer):
-    """Number of raw bytes of every token: int32 (V,), 0 for special tokens."""
-    special_ids = set(tokenizer.special_ids.values())
-    return torch.tensor([0 if token_id in special_ids else len(tokenizer.decode_single_token_bytes(token_id))
-                         for token_id in range(tokenizer.get_vocab_size())], dtype=torch.int32)
+    """Number of raw bytes of every token: int32 (V,), 0 for special tokens and ids without a token."""
+    token_bytes = torch.zeros(tokenizer.get_vocab_size(), dtype=torch.int32)
+    for token_id in set(range(len(token_bytes))) - set(tokenizer.special_ids.values()):
+        with contextlib.suppress(KeyError):
+            token_bytes[token_id] = len(tokenizer.decode_single_token_bytes(token_id))
+    return token_bytes
 
 def _read_portable(path):
     """The tiktoken.Encoding of a tokenizer.json that RustBPETokenizer.save wrote."""

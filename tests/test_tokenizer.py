@@ -596,7 +596,7 @@ def test_hugging_face_models_without_bos_or_bytes_say_so():
     words.add_special_tokens([AddedToken("<|endoftext|>")])
     tokenizer = HuggingFaceTokenizer(words)
     assert tokenizer.get_bos_token_id() == 2
-    with pytest.raises(ValueError, match="byte-level BPE only .* not for '\u2581the'"):
+    with pytest.raises(ValueError, match="SentencePiece vocabularies .* not for one with the token '\u2581the'"):
         token_bytes_of(tokenizer)
     with pytest.raises(KeyError):
         tokenizer.decode_single_token_bytes(3)
