@@ -120,7 +120,7 @@ def naive_encode(text, ranks):
 def library_encoder(ranks):
     """The `tokenizers` library on the same merges: the two halves of a token are what is left without its own rank."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    char_of = {byte: char for char, byte in tokenizer_module._byte_level_alphabet().items()}
+    char_of = {byte: char for char, byte in tokenizer_module.byte_level_alphabet().items()}
     def written(token):
         return "".join(char_of[byte] for byte in token)
     merges = []
