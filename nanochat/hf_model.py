@@ -158,7 +158,7 @@ def export_model(source, out, model_tag=None, step=None):
     """Write a checkpoint to the folder `out`, which must be empty or absent; it is complete or absent afterwards."""
     from nanochat.checkpoint_manager import checkpoint_dir, load_checkpoint, load_model
     out = os.path.abspath(out)
-    if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+    if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError(f"{out} is not an empty folder: name another --out, nothing is ever overwritten")
     model, tokenizer, meta = load_model(source, "cpu", "train", model_tag, step)
     saved = load_checkpoint(checkpoint_dir(source, meta["model_tag"]), meta["step"], "cpu")[0]
@@ -194,8 +194,7 @@ def export_model(source, out, model_tag=None, step=None):
         if os.path.isdir(out):
             os.rmdir(out)
         os.rename(folder, out)
-    print0(f"Exported to {out}, for AutoModelForCausalLM.from_pretrained({out!r}"
-           f"{'' if native else ', trust_remote_code=True'})")
+    print0(f"Exported to {out}" + ("" if native else ", to be loaded with trust_remote_code=True"))
 
 
 def import_model(folder, source, model_tag):
@@ -214,7 +213,7 @@ def import_model(folder, source, model_tag):
         if tokenizer.get_vocab_size() != config.vocab_size:
             raise ValueError(f"{tokenizer.get_vocab_size()} tokens in its tokenizer, {config.vocab_size} in its model")
         with torch.device("meta"):
-            model = gpt.GPT(config, value_embeds=any("value_embeds" in key for key in data), lambdas=meta.pop("scalars"))
+            model = gpt.GPT(config, value_embeds=any("value_" in key for key in data), lambdas=meta.pop("scalars"))
         if native and model.resid_lambdas is not None: # left out where they change nothing
             data |= {"resid_lambdas": torch.ones(config.n_layer), "x0_lambdas": torch.zeros(config.n_layer)}
         weights = {key: data.pop(_exported_name(key, native)) for key in model.state_dict()}
@@ -234,19 +233,18 @@ def build_parser():
     for name, text in (("export", "write a checkpoint for transformers"), ("import", "take such an export back")):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--source", required=True, choices=["base", "mid", "sft", "rl"], help="stage of training")
-        command.add_argument("--model-tag", required=name == "import", help="checkpoint folder; default: the newest")
+        command.add_argument("--model-tag", required=name == "import", help="checkpoint folder; export: the newest")
     commands.choices["export"].add_argument("--model-step", type=int, help="step of the checkpoint; default: the last")
     commands.choices["export"].add_argument("--out", required=True, help="folder to write, empty or absent")
-    commands.choices["import"].add_argument("folder", help="what `export` wrote")
+    commands.choices["import"].add_argument("folder", help="what export wrote")
     return parser
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    if args.command == "export":
-        export_model(args.source, args.out, args.model_tag, args.model_step)
-    else:
-        import_model(args.folder, args.source, args.model_tag)
+    if args.command == "import":
+        return import_model(args.folder, args.source, args.model_tag)
+    export_model(args.source, args.out, args.model_tag, args.model_step)
 
 
 if __name__ == "__main__":
