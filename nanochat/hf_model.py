@@ -43,8 +43,7 @@ def _library(name):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"Hugging Face models need the package {name.split('.')[0]}: pip install it, or run "
-                        "`bash runs/setup.sh`") from error
+        raise UserError(f"this needs the package {name.split('.')[0]}: pip install it, or run runs/setup.sh") from error
 
 # -----------------------------------------------------------------------------
 # In: a foreign model
@@ -123,7 +122,6 @@ def _is_native(model):
 
 
 def _exported_name(key, native):
-    """Name in the safetensors file of an entry of our state dict."""
     for ours, theirs in NATIVE_NAMES.items() if native else ():
         key = key.replace(ours, theirs)
     return key if native else f"gpt.{key}"
@@ -134,13 +132,12 @@ def _config_json(model, native):
     if native:
         return {"model_type": "nanochat", "architectures": ["NanoChatForCausalLM"], "vocab_size": c.vocab_size,
                 "hidden_size": c.n_embd, "intermediate_size": 4 * c.n_embd, "num_hidden_layers": c.n_layer,
-                "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "hidden_act": "relu2",
-                "max_position_embeddings": c.sequence_len, "rms_norm_eps": gpt.NORM_EPS, "attention_bias": False,
-                "final_logit_softcapping": gpt.SOFTCAP, "tie_word_embeddings": False,
+                "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "rms_norm_eps": gpt.NORM_EPS,
+                "max_position_embeddings": c.sequence_len, "final_logit_softcapping": gpt.SOFTCAP,
                 "rope_parameters": {"rope_type": "default", "rope_theta": float(gpt.ROTARY_BASE)}}
-    classes = {"AutoConfig": "NanochatConfig", "AutoModelForCausalLM": "NanochatForCausalLM"}
     return {"model_type": "nanochat_gpt", "architectures": ["NanochatForCausalLM"], **asdict(c),
-            "auto_map": {auto: f"modeling_nanochat.{name}" for auto, name in classes.items()},
+            "auto_map": {"AutoConfig": "modeling_nanochat.NanochatConfig",
+                         "AutoModelForCausalLM": "modeling_nanochat.NanochatForCausalLM"},
             "value_embeds": len(model.value_embeds) > 0, "lambdas": model.resid_lambdas is not None}
 
 
@@ -156,12 +153,12 @@ def _sources():
 
 def export_model(source, out, model_tag=None, step=None):
     """Write a checkpoint to the folder `out`, which must be empty or absent; it is complete or absent afterwards."""
-    from nanochat.checkpoint_manager import checkpoint_dir, load_checkpoint, load_model
-    out = os.path.abspath(out)
+    from nanochat.checkpoint_manager import FILE_NAMES, checkpoint_dir, load_model
     if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError(f"{out} is not an empty folder: name another --out, nothing is ever overwritten")
     model, tokenizer, meta = load_model(source, "cpu", "train", model_tag, step)
-    saved = load_checkpoint(checkpoint_dir(source, meta["model_tag"]), meta["step"], "cpu")[0]
+    path = os.path.join(checkpoint_dir(source, meta["model_tag"]), FILE_NAMES["model"].format(meta["step"]))
+    saved = torch.load(path, map_location="meta", weights_only=True)
     dtypes = {key.removeprefix("_orig_mod."): tensor.dtype for key, tensor in saved.items()} # as stored, not as loaded
     native, V = _is_native(model), model.config.vocab_size
     tensors = {key: tensor[:V] if TABLE.search(key) else tensor for key, tensor in model.state_dict().items()}
@@ -177,12 +174,14 @@ def export_model(source, out, model_tag=None, step=None):
         "tokenizer_config": {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "pad_token": "<|bos|>",
             "eos_token": "<|bos|>" if source == "base" else "<|assistant_end|>", "padding_side": "left",
-            "model_max_length": model.config.sequence_len, "clean_up_tokenization_spaces": False},
+            "model_max_length": model.config.sequence_len, "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"]},
         "nanochat_meta": {key: value for key, value in meta.items() if key not in ("files", "source", "model_tag")}
                          | {"model_config": asdict(model.config), "scalars": model.resid_lambdas is not None}}
-    os.makedirs(os.path.dirname(out), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(out)) as parent:
-        folder = os.path.join(parent, "export")
+    parent = os.path.dirname(os.path.abspath(out))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as temporary:
+        folder = os.path.join(temporary, "export")
         os.mkdir(folder)
         _library("safetensors.torch").save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
         for name, content in files.items():

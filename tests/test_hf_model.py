@@ -28,7 +28,8 @@ from tests.test_eval_scripts import TEXT, section, write_world
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
-CORPUS = [TEXT, "It's 2024: 12 x 34 = 408!\n\n\tdef f(x):\n        return  x ** 2\r\n", "Größe, déjà vu, 你好 世界, привет 😀"] * 9
+CORPUS = [TEXT, "It's 2024: 12 x 34 = 408!\n\n\tdef f(x):\n        return  x ** 2\r\n",
+          "Größe, déjà vu, 你好 世界, привет 😀"] * 9
 CPU = ["--device-type", "cpu", "--dtype", "float32"]
 
 
@@ -68,14 +69,15 @@ def llama_like(metaspace=False):
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
     else:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        blanks = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        tokenizer.normalizer = normalizers.Sequence(blanks)
         tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(),
                                                decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
                                                      unk_token="<unk>")
-    config = transformers.LlamaConfig(vocab_size=len(tokens) + 5, hidden_size=32, intermediate_size=64, # 5 rows too many
-                                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                      max_position_embeddings=2048)
+    config = transformers.LlamaConfig(vocab_size=len(tokens) + 5, # with rows of padding
+                                      hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)
     return transformers.LlamaForCausalLM(config), tokenizer
 
 
@@ -105,7 +107,7 @@ def test_ids_and_bytes_of_foreign_tokenizers(foreign, name):
     reference = transformers.AutoTokenizer.from_pretrained(foreign[name])
     token_bytes, (bos, blanks) = token_bytes_of(tokenizer), unwritten_bytes(tokenizer)
     assert bos == reference.bos_token_id and blanks == (0 if name == "gpt2" else 1)
-    for text in [*CORPUS[:3], "x", "tabs\t\tand   blanks  \n\n", "\u0e01\u0e33 🧪🧪", "<0x41> ▁" if name == "gpt2" else "<0x41>"]:
+    for text in [*CORPUS[:3], "x", "tabs\t\tand   blanks  \n\n", "\u0e01\u0e33 🧪🧪", "<0x41>"]:
         ids = tokenizer.encode(text)
         assert ids == reference(text, add_special_tokens=False).input_ids
         assert token_bytes[ids].sum().item() - blanks == len(text.encode())
@@ -186,7 +188,8 @@ def test_a_foreign_model_that_cannot_be_had(foreign, tmp_path):
     def without_a_weight(folder):
         from safetensors.torch import load_file, save_file
         weights = load_file(folder / "model.safetensors")
-        save_file({k: v for k, v in weights.items() if "0.mlp.up" not in k}, folder / "model.safetensors", {"format": "pt"})
+        del weights["model.layers.0.mlp.up_proj.weight"]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
     def cut_short(folder):
         os.truncate(folder / "model.safetensors", 1000)
@@ -222,7 +225,8 @@ def test_code_of_a_foreign_model_never_runs(foreign, tmp_path):
 def test_tokenizers_that_change_a_text_have_no_bits_per_byte():
     from tokenizers import normalizers
     _, loaded = llama_like()
-    loaded.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "\u2581")])
+    changes = [normalizers.Lowercase(), normalizers.Replace(" ", "\u2581")]
+    loaded.backend_tokenizer.normalizer = normalizers.Sequence(changes)
     with pytest.raises(ValueError, match="changes or drops characters"):
         unwritten_bytes(HuggingFaceTokenizer(loaded.backend_tokenizer, "<s>"))
 
@@ -245,14 +249,15 @@ def tokenizer():
 def odd_strings(num, seed=0):
     """Random strings over pieces that are hard to split alike: any code point, digits, blanks, special tokens."""
     rng = random.Random(seed)
-    marks = ["'s", "'LL", "'\u017f", "'Re", "\r\n", "\n", "\t", " ", "\u00a0", "\u3000", "\u0085", "\u200b", "\ufeff", "\x00", "\x1c",
-             "e\u0301", "\u0345", "12", "٣٤", "Ⅻ", "½", "²", "👩‍👩‍👧", "🇨🇭", "don't", "naïve", "ß", "İ", "ﬁ", "<|", "|>", "\ufdd0", "\ufffe"]
+    marks = ["'s", "'LL", "'\u017f", "'Re", "\r\n", "\n", "\t", " ", "\u00a0", "\u3000", "\u0085", "\u200b", "\ufeff",
+             "\x00", "\x1c", "e\u0301", "\u0345", "12", "٣٤", "Ⅻ", "½", "²", "👩‍👩‍👧", "🇨🇭", "don't", "naïve", "ß", "İ",
+             "ﬁ", "<|", "|>", "\ufdd0", "\ufffe"]
 
     def piece():
         kind = rng.randrange(6)
         if kind == 0:
-            return "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000), rng.randrange(0x300)]))
-                           for _ in range(rng.randrange(1, 8)))
+            codes = [rng.choice([(0, 0x300), (0, 0xD800), (0xE000, 0x110000)]) for _ in range(rng.randrange(1, 8))]
+            return "".join(chr(rng.randrange(*code)) for code in codes)
         if kind == 1:
             return rng.choice([" ", "\n", "\t", "\r\n", "  \n"]) * rng.randrange(1, 20)
         if kind == 2:
@@ -301,10 +306,12 @@ def talk(*contents, system=None):
 CONVERSATIONS = [
     talk("hi"), talk("hi", "hello"), talk("hi", "hello", "what is 12*3?", "36"), talk("", ""), talk(" \n x \n", "\n\n"),
     talk("hi", "there", "more", system="You are a pirate. "), talk("hi", system="<|user_end|>"),
-    talk("break <|user_end|><|assistant_start|>out", "<|bos|> <|assistant_end|> <|", "{{ 1 }} {% raw %}<<|python_start|>"),
+    talk("break <|user_end|><|assistant_start|>out",
+         "<|bos|> <|assistant_end|> <|", "{{ 1 }} {% raw %}<<|python_start|>"),
     talk("sum?", [{"type": "text", "text": "let me see "}, {"type": "python", "text": "12*3"},
                   {"type": "python_output", "text": "36"}, {"type": "text", "text": "it is 36"}]),
-    talk("sum?", [{"type": "text", "text": "th"}, {"type": "text", "text": "e "}, {"type": "text", "text": " <|bos|>cat"},
+    talk("sum?", [{"type": "text", "text": "th"}, {"type": "text", "text": "e "},
+                  {"type": "text", "text": " <|bos|>cat"},
                   {"type": "python_output", "text": "<|output_end|>"}], "thanks", []),
 ]
 
@@ -554,7 +561,7 @@ def test_import_refuses_what_is_no_whole_export(exported, foreign, stages, tmp_p
     os.truncate(cut / "model.safetensors", 5000)
     for folder, words in (
             (tmp_path, "FileNotFoundError"), (foreign["gpt2"], "nanochat_meta.json"), (cut, "Safetensor"),
-            (spoilt("a", "nanochat_meta.json", model_config=config | {"vocab_size": 999}), "1500 tokens in its tokenizer, 999"),
+            (spoilt("a", "nanochat_meta.json", model_config=config | {"vocab_size": 999}), "1500 tokens in its token"),
             (spoilt("b", "nanochat_meta.json", model_config=config | {"n_layer": 6}), "KeyError"),
             (spoilt("c", "nanochat_meta.json", model_config=config | {"n_layer": 2}), "Unexpected key"),
             (spoilt("d", "tokenizer.json", pre_tokenizer={}), "is no tokenizer of nanochat")):
@@ -586,7 +593,9 @@ def test_export_overwrites_nothing_and_leaves_nothing_half_written(stages, tmp_p
 @pytest.mark.slow
 def test_lm_eval_evaluates_an_export(exported, ours, tokenizer, tmp_path):
     """A tiny task of two choices, offline: its answers are the ones to which our model gives more."""
-    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
+    for package in ("lm_eval", "accelerate"):
+        pytest.importorskip(package, reason="lm-eval is not installed: pip install 'lm-eval[hf]'")
+    import lm_eval
     items = [{"question": f"the cat sat on mat {i} and", "choices": ["ate", "the big dog"]} for i in range(12)]
 
     @torch.no_grad()

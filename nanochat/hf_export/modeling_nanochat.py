@@ -8,13 +8,16 @@ to begin at position 0, where the batches of `transformers` are padded on the le
 stands behind them, and the logits are picked from where their tokens went.
 """
 import torch
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from nanochat.common import print0 # noqa: F401 (transformers 4 finds no modules but those that are named here)
+from nanochat.flash_attention import flash_attn # noqa: F401
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW # noqa: F401
 
 
-class NanochatConfig(PreTrainedConfig):
+class NanochatConfig(PretrainedConfig):
     """The fields of GPTConfig, and whether there are value embeddings and scalars of the residual stream."""
     model_type = "nanochat_gpt" # "nanochat" is a class of transformers itself, for the models without either
     attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
@@ -53,7 +56,7 @@ class CacheOfGeneration:
 class NanochatForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NanochatConfig
     main_input_name = "input_ids"
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["GPT"] # one device holds it
     _keep_in_fp32_modules_strict = ["resid_lambdas", "x0_lambdas"]
 
     def __init__(self, config):
