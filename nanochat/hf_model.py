@@ -182,14 +182,13 @@ def export_model(source, out, model_tag=None, step=None):
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as temporary:
         folder = os.path.join(temporary, "export")
-        os.mkdir(folder)
+        shutil.copytree(ASSETS, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__")) # template and README
         _library("safetensors.torch").save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
         for name, content in files.items():
             write_json(os.path.join(folder, f"{name}.json"), content)
         for name, text in ({} if native else _sources()).items():
             with common.atomic_write(os.path.join(folder, name)) as file:
                 file.write(text)
-        shutil.copy(os.path.join(ASSETS, "chat_template.jinja"), folder)
         if os.path.isdir(out):
             os.rmdir(out)
         os.rename(folder, out)

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -490,6 +491,18 @@ def test_an_export_can_be_trained_and_saved(theirs, exported, tmp_path):
     assert half.gpt.resid_lambdas.dtype == torch.float32 and half.gpt.lm_head.weight.dtype == torch.bfloat16
     logits = half.eval()(ids).logits
     assert logits.dtype == torch.float32 and (logits - theirs(ids).logits).abs().max() < 0.5
+
+
+def test_the_readme_of_an_export_runs_as_it_stands(exported, tokenizer, capsys):
+    code = re.search(r"```python\n(.*?)```", Path(exported, "README.md").read_text(), re.DOTALL)[1]
+    scope = {"FOLDER": exported}
+    exec(code, scope)
+    prompt = "<|bos|><|user_start|>Who are you?<|user_end|><|assistant_start|>"
+    assert scope["tokenizer"].decode(scope["prompt"]["input_ids"][0]) == prompt and prompt in capsys.readouterr().out
+    plain = transformers.AutoTokenizer.from_pretrained(exported, trust_remote_code=True, add_bos_token=True)
+    assert plain("the cat").input_ids == tokenizer.encode("the cat", prepend="<|bos|>")
+    text = "the <|bos|> cat"
+    assert scope["tokenizer"](text, split_special_tokens=True).input_ids == tokenizer.encode(text)
 
 
 def test_an_export_needs_no_nanochat(exported, theirs, tmp_path):
