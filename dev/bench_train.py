@@ -87,7 +87,7 @@ def products_flops(model, args):
     flops = taken = 0
     for linear in (module for module in model.modules() if isinstance(module, Linear)):
         weight = torch.randn(linear.weight.shape).to(dtype)
-        rows = min(tokens, (1 << 22) // len(weight)) if linear is model.lm_head else tokens # as the loss takes them
+        rows = min(tokens, 512) if linear is model.lm_head else tokens # as the loss takes them
         x, dy = torch.randn(rows, weight.size(1)).to(dtype), torch.randn(rows, weight.size(0)).to(dtype)
         once = statistics.median(seconds(lambda: (x @ weight.T, dy @ weight, dy.T @ x)) for _ in range(3))
         flops += 6 * weight.numel() * tokens

@@ -164,11 +164,15 @@ class Block(nn.Module):
 # Head and loss in chunks: the full (B, T, V) logits never exist in training
 
 def softcap(logits):
-    """Logits in at least fp32 (before: bf16 would be too coarse), smoothly limited to +-SOFTCAP."""
+    """
+    SOFTCAP tanh(logits / SOFTCAP), in at least fp32 (before: bf16 would be too coarse).
+
+    As tanh y = 2 sigmoid(2y) - 1, which takes a quarter of the time on a CPU.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not torch.is_grad_enabled(): # the same numbers, and a third of the memory traffic
-        return logits.div_(SOFTCAP).tanh_().mul_(SOFTCAP)
-    return SOFTCAP * torch.tanh(logits / SOFTCAP)
+        return logits.mul_(2 / SOFTCAP).sigmoid_().mul_(2 * SOFTCAP).sub_(SOFTCAP)
+    return 2 * SOFTCAP * torch.sigmoid(logits * (2 / SOFTCAP)) - SOFTCAP
 
 
 def token_losses(x, weight, targets):
@@ -178,8 +182,8 @@ def token_losses(x, weight, targets):
 
 
 def chunks_of(x, vocab_size):
-    """Slices of rows of x (N, C) whose logits together take about 16 MB on a CPU (its caches), 512 MB on a GPU."""
-    size = max(1, (1 << 27 if x.is_cuda else 1 << 22) // vocab_size)
+    """Slices of rows of x (N, C): 512 on a CPU, where that is fastest (dev/LOG.md), 512 MB of logits on a GPU."""
+    size = max(1, (1 << 27) // vocab_size) if x.is_cuda else 512
     return [slice(start, start + size) for start in range(0, x.size(0), size)]
 
 

@@ -15,13 +15,14 @@ from nanochat.common import is_ddp_initialized
 
 
 @torch.no_grad() # not inference mode: what the model caches here must still serve training
-def evaluate_bpb(model, batches, steps, token_bytes, **forward_args):
+def evaluate_bpb(model, batches, steps, token_bytes, unwritten=(-1, 0), **forward_args):
     """
     Evaluate `steps` batches; with several ranks each brings its own, and the totals are summed.
 
     model        model(x, y, loss_reduction="none", **forward_args): B*T losses in nats, any shape; get_device()
     batches      iterable of (x, y, ...), each (B, T); y = -1 is ignored
     token_bytes  (V,) integers: raw bytes of each token, 0 = not counted
+    unwritten    (id, n): n bytes of the token after this id are not in the text (SentencePiece puts a blank in front)
     Returns bits per byte, infinity when no target has bytes. Raises ValueError for steps < 1, for too few batches, and
     for a table that does not fit the vocabulary.
     """
@@ -44,6 +45,7 @@ def evaluate_bpb(model, batches, steps, token_bytes, **forward_args):
                              "is it another tokenizer's?")
         num_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
         nats = torch.where(num_bytes > 0, losses, 0) # selected, not multiplied: 0 * inf would be NaN
+        num_bytes = num_bytes - torch.where((x.reshape(-1) == unwritten[0]) & (num_bytes > 0), unwritten[1], 0)
         totals += torch.stack([nats.to(totals.device).double().sum(), num_bytes.to(totals.device).double().sum()])
     if num_batches < steps:
         raise ValueError(f"{steps} batches were to be evaluated, but there are only {num_batches}")

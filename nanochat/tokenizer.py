@@ -10,6 +10,7 @@ text that spells one stays text. Knows nothing about models.
 """
 import base64
 import codecs
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -22,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from nanochat.common import get_base_dir, write_json
+from nanochat.common import get_base_dir, read_json, write_json
 
 SPECIAL_TOKENS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
                   "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
@@ -32,6 +33,7 @@ SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) # every byte is a token
 FILE_FORMAT = "nanochat tokenizer 1" # marks our tokenizer.json: Hugging Face has another file of that name
 MAX_BLANK_RUN = 500_000 # characters; the regex engines of tiktoken and rustbpe panic at about a million
+PROBE = "A small  test:\n\n\tdon't 12,345 \u00e9\u00df \u4f60\u597d \U0001f600 \uff21\ufb01" # NFC leaves it as it is
 PARTS = { # part type of an assistant message: (opening token, closing token, is it trained on?)
     "text": (None, None, 1),
     "python": ("<|python_start|>", "<|python_end|>", 1),
@@ -85,7 +87,7 @@ class RustBPETokenizer(_TextEncoder):
         trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         special_ids = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
-        return cls(_build_encoding(trainer.get_pattern(), ranks, special_ids), "<|bos|>")
+        return cls(build_encoding(trainer.get_pattern(), ranks, special_ids), "<|bos|>")
 
     @classmethod
     def from_directory(cls, tokenizer_dir):
@@ -208,11 +210,15 @@ class RustBPETokenizer(_TextEncoder):
 class HuggingFaceTokenizer(_TextEncoder):
     """A `tokenizers.Tokenizer` in the same clothes, to evaluate other people's models. Renders no conversations."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, bos_token=None):
+        """bos_token: text of the token that sequences begin with; None: <|bos|>, else <|endoftext|>."""
+        self.tokenizer, self.bos_token = tokenizer, bos_token
         self.tokenizer.encode_special_tokens = True # as the plain text they are
         self.added = tokenizer.get_added_tokens_decoder() # id -> AddedToken
         self.special_ids = {token.content: token_id for token_id, token in self.added.items() if token.special}
+        decoder = json.dumps(json.loads(tokenizer.to_str())["decoder"]) # how tokens spell bytes
+        self.is_byte_level = '"ByteLevel"' in decoder
+        self.is_sentencepiece = '"Metaspace"' in decoder or '"ByteFallback"' in decoder
 
     @classmethod
     def from_pretrained(cls, hf_path):
@@ -250,10 +256,12 @@ class HuggingFaceTokenizer(_TextEncoder):
         write_json(os.path.join(tokenizer_dir, "tokenizer.json"), json.loads(self.tokenizer.to_str()))
 
     def get_bos_token_id(self):
-        return self.encode_special("<|bos|>" if "<|bos|>" in self.special_ids else "<|endoftext|>")
+        usual = "<|bos|>" if "<|bos|>" in self.special_ids else "<|endoftext|>"
+        return self.encode_special(self.bos_token or usual)
 
     def get_vocab_size(self):
-        return self.tokenizer.get_vocab_size()
+        """Largest id + 1: other people's vocabularies may have holes."""
+        return max(self.tokenizer.get_vocab().values()) + 1
 
     def get_special_tokens(self):
         return list(self.special_ids)
@@ -269,15 +277,68 @@ class HuggingFaceTokenizer(_TextEncoder):
         return self.tokenizer.id_to_token(token_id)
 
     def decode_single_token_bytes(self, token_id):
-        """Raw bytes of a token of a byte-level BPE. Raises KeyError for an unknown id, ValueError for other models."""
-        token, alphabet = self.id_to_token(token_id), _byte_level_alphabet()
+        """
+        Raw bytes of a token as it stands within a text: of a byte-level vocabulary (as GPT-2's), or of SentencePiece's
+        (as Llama's), where U+2581 is a blank and <0xE2> a byte. KeyError: unknown id; ValueError: another kind.
+        """
+        token, alphabet = self.id_to_token(token_id), byte_level_alphabet()
         if token is None:
             raise KeyError(token_id)
-        if token_id in self.added:
+        if token_id in self.added or (self.is_byte_level and not set(token) <= alphabet.keys()):
             return token.encode("utf-8")
-        if not set(token) <= alphabet.keys():
-            raise ValueError(f"bytes per token are known for byte-level BPE only (as GPT-2's), not for {token!r}")
-        return bytes(alphabet[char] for char in token)
+        if self.is_byte_level:
+            return bytes(alphabet[char] for char in token)
+        if not self.is_sentencepiece:
+            raise ValueError("bytes per token are known for byte-level (as GPT-2's) and SentencePiece vocabularies (as "
+                             f"Llama's) only, not for one with the token {token!r}")
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+        return bytes.fromhex(byte[1]) if byte else token.replace("\u2581", " ").encode("utf-8")
+
+def to_hugging_face(tokenizer):
+    """
+    The `tokenizers.Tokenizer` with the ids of a RustBPETokenizer. It finds special tokens in a text, unless its
+    encode_special_tokens is set; the marks of hf_export/chat_template.jinja hide them and keep parts apart.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    ranks, char_of = tokenizer.enc._mergeable_ranks, {byte: char for char, byte in byte_level_alphabet().items()}
+    spelled = {token: "".join(char_of[byte] for byte in token) for token in ranks}
+    merges = [_last_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    hugging = Tokenizer(models.BPE({spelled[token]: rank for token, rank in ranks.items()},
+                                   [(spelled[left], spelled[right]) for left, right in filter(None, merges)],
+                                   ignore_merges=True)) # tiktoken too looks a whole piece up first
+    hugging.normalizer = normalizers.Replace("<\ufdd0|", "<|")
+    hugging.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split("\ufdd1\ufdd0", "removed"),
+        pre_tokenizers.Split(Regex(tokenizer.enc._pat_str), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    hugging.decoder = decoders.ByteLevel()
+    texts = sorted(tokenizer.special_ids, key=tokenizer.special_ids.get)
+    hugging.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+    if any(hugging.token_to_id(text) != token_id for text, token_id in tokenizer.special_ids.items()):
+        raise ValueError("the ids of special tokens must follow on those of the others: this tokenizer has no equal in "
+                         "the Hugging Face format")
+    return hugging
+
+def _last_merge(token, ranks):
+    """The two tokens that this one (bytes) is merged from; None where merges by rank do not lead to it."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        rank, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
+        if rank >= ranks[token]:
+            return None
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+def from_hugging_face(path):
+    """The RustBPETokenizer of a file that `to_hugging_face(...)` saved. Raises ValueError for another."""
+    content, byte_of = read_json(path, model=dict, added_tokens=list, pre_tokenizer=dict), byte_level_alphabet()
+    try:
+        pattern = content["pre_tokenizer"]["pretokenizers"][1]["pattern"]["Regex"]
+        ranks = {bytes(byte_of[char] for char in token): rank for token, rank in content["model"]["vocab"].items()}
+        special_ids = {token["content"]: token["id"] for token in content["added_tokens"]}
+        return RustBPETokenizer(build_encoding(pattern, ranks, special_ids), "<|bos|>")
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no tokenizer of nanochat's export ({type(error).__name__}: {error})") from error
 
 class IncrementalDecoder:
     """Text of a stream of ids in linear time, cut between whole characters only. Special tokens give no text."""
@@ -311,10 +372,25 @@ def get_token_bytes(device="cpu"):
         raise ValueError(f"{path} is damaged: run `python -m scripts.tok_train` again") from error
 
 def token_bytes_of(tokenizer):
-    """Number of raw bytes of every token: int32 (V,), 0 for special tokens."""
+    """Number of raw bytes of every token: int32 (V,), 0 for special tokens and ids without a token."""
+    token_bytes = torch.zeros(tokenizer.get_vocab_size(), dtype=torch.int32)
+    for token_id in set(range(len(token_bytes))) - set(tokenizer.special_ids.values()):
+        with contextlib.suppress(KeyError):
+            token_bytes[token_id] = len(tokenizer.decode_single_token_bytes(token_id))
+    return token_bytes
+
+def unwritten_bytes(tokenizer):
+    """
+    (bos id, n): the n bytes that this tokenizer puts in front of a document, which `evaluate_bpb` must not count.
+
+    Raises ValueError where bits per byte would mean nothing: where tokens do not spell the text that was encoded.
+    """
     special_ids = set(tokenizer.special_ids.values())
-    return torch.tensor([0 if token_id in special_ids else len(tokenizer.decode_single_token_bytes(token_id))
-                         for token_id in range(tokenizer.get_vocab_size())], dtype=torch.int32)
+    spelled = b"".join(tokenizer.decode_single_token_bytes(i) for i in tokenizer.encode(PROBE) if i not in special_ids)
+    blanks = len(spelled) - len(PROBE.encode())
+    if blanks not in (0, 1) or spelled != b" " * blanks + PROBE.encode():
+        raise ValueError("bits per byte cannot be had with this tokenizer: it changes or drops characters of a text")
+    return tokenizer.get_bos_token_id(), blanks
 
 def _read_portable(path):
     """The tiktoken.Encoding of a tokenizer.json that RustBPETokenizer.save wrote."""
@@ -323,7 +399,7 @@ def _read_portable(path):
     if data.get("format") != FILE_FORMAT:
         raise ValueError("another format; if it is Hugging Face's, use HuggingFaceTokenizer")
     ranks = {base64.b64decode(token, validate=True): rank for token, rank in data["mergeable_ranks"].items()}
-    return _build_encoding(data["pattern"], ranks, data["special_tokens"])
+    return build_encoding(data["pattern"], ranks, data["special_tokens"])
 
 class _EncodingState:
     """Takes the place of tiktoken.core.Encoding while a pickle is read: keeps the state, runs nothing."""
@@ -344,9 +420,9 @@ def _read_legacy_pickle(path):
     if isinstance(state, str): # an encoding of tiktoken's registry is pickled as its name
         import tiktoken
         return tiktoken.get_encoding(state)
-    return _build_encoding(state["pat_str"], state["mergeable_ranks"], state["special_tokens"])
+    return build_encoding(state["pat_str"], state["mergeable_ranks"], state["special_tokens"])
 
-def _build_encoding(pattern, ranks, special_ids):
+def build_encoding(pattern, ranks, special_ids):
     """A tiktoken.Encoding of str, {bytes: int}, {str: int}. Raises ValueError where tiktoken would panic later."""
     import tiktoken
     ids = [*ranks.values(), *special_ids.values()]
@@ -363,7 +439,7 @@ def _cut_long_blanks(text):
     return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
 
 @functools.cache
-def _byte_level_alphabet():
+def byte_level_alphabet():
     """{character: byte} of GPT-2's vocabulary files: visible Latin-1 stands for itself, the rest for U+0100 onward."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = sorted(set(range(256)) - set(visible))

@@ -26,7 +26,7 @@ HEAVY = {"pyarrow", "datasets", "transformers", "wandb", "pandas", "matplotlib",
 POSIX_ONLY = {"fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))
-SOURCES = sorted([*MODULES, *ROOT.glob("dev/**/*.py"), *ROOT.glob("tests/*.py")])
+SOURCES = sorted([*MODULES, *ROOT.glob("nanochat/*/*.py"), *ROOT.glob("dev/**/*.py"), *ROOT.glob("tests/*.py")])
 
 
 def name_of(path):

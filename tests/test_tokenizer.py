@@ -120,7 +120,7 @@ def naive_encode(text, ranks):
 def library_encoder(ranks):
     """The `tokenizers` library on the same merges: the two halves of a token are what is left without its own rank."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    char_of = {byte: char for char, byte in tokenizer_module._byte_level_alphabet().items()}
+    char_of = {byte: char for char, byte in tokenizer_module.byte_level_alphabet().items()}
     def written(token):
         return "".join(char_of[byte] for byte in token)
     merges = []
@@ -596,7 +596,7 @@ def test_hugging_face_models_without_bos_or_bytes_say_so():
     words.add_special_tokens([AddedToken("<|endoftext|>")])
     tokenizer = HuggingFaceTokenizer(words)
     assert tokenizer.get_bos_token_id() == 2
-    with pytest.raises(ValueError, match="byte-level BPE only .* not for '\u2581the'"):
+    with pytest.raises(ValueError, match="SentencePiece vocabularies .* not for one with the token '\u2581the'"):
         token_bytes_of(tokenizer)
     with pytest.raises(KeyError):
         tokenizer.decode_single_token_bytes(3)
