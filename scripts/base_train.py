@@ -143,9 +143,7 @@ def print_plan(args, model, tokenizer, compute, num_steps):
     config, sizes, flops = model.config, model.num_scaling_params(), model.estimate_flops()
     scaling = sizes["transformer_matrices"] + sizes["lm_head"]
     base_dim = args.depth * args.aspect_ratio
-    print0(backend := describe_backend(compute.device, model.compute_dtype))
-    if "scaled_dot" in backend and any(left < config.sequence_len for left, _ in model.window_sizes):
-        print0("Warning: here the windows of S layers are masks, which save no time: --window-pattern L is no slower")
+    print0(describe_backend(compute.device, model.compute_dtype))
     print0(f"Compute dtype: {str(model.compute_dtype).split('.')[1]}, master weights fp32, "
            f"{torch.get_num_threads()} threads")
     print0(f"Vocabulary size: {tokenizer.get_vocab_size():,}")
