@@ -64,7 +64,8 @@ def describe_backend(device, dtype):
     """One sentence for the start of a run: which back end attention uses here, and why."""
     if torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _use_fa3():
         return "Attention: FlashAttention-3"
-    return "Attention: scaled_dot_product_attention (FlashAttention-3 needs a Hopper GPU, its kernel, and bf16)"
+    return ("Attention: scaled_dot_product_attention, windows in blocks "
+            "(FlashAttention-3 needs a Hopper GPU, its kernel, and bf16)")
 
 # -----------------------------------------------------------------------------
 # The two functions of the contract
@@ -158,11 +159,14 @@ def _sdpa(q, k, v, offset, causal, window_size):
     left, right = window_size
     right = 0 if causal else right # causal: the window's right side is the query itself
     q_len, k_len, rows_differ = q.size(1), k.size(1), torch.is_tensor(offset)
+    is_square = not rows_differ and offset == 0 and q_len == k_len and right == 0
+    if is_square and left >= 0 and q_len > max(left, _block_size(q_len, left)):
+        return _sdpa_in_blocks(q, k, v, left)
     if q_len == 1 and not rows_differ: # one query: its window is a slice, no mask needed
         first = max(0, offset - left) if left >= 0 else 0
         last = min(k_len, offset + right + 1) if right >= 0 else k_len
         k, v, mask, is_causal = k[:, first:last], v[:, first:last], None, False
-    elif not rows_differ and offset == 0 and q_len == k_len and right == 0 and not 0 <= left < q_len - 1:
+    elif is_square and not 0 <= left < q_len - 1:
         mask, is_causal = None, True
     elif rows_differ: # beyond a row's last query lies what other rows, or earlier ones, left in the cache
         ends = offset[:, None, None] + q_len
@@ -171,10 +175,27 @@ def _sdpa(q, k, v, offset, causal, window_size):
     elif left < 0 and right < 0:
         mask, is_causal = None, False
     else:
-        mask, is_causal = _cached_window_mask(q_len, k_len, offset, left, right, q.device), False
+        mask, is_causal = _window_mask(q_len, k_len, offset, left, right, q.device), False
     y = F.scaled_dot_product_attention(q.to(k.dtype).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                                        attn_mask=mask, is_causal=is_causal, enable_gqa=q.size(2) != k.size(2))
     return y.to(q.dtype).transpose(1, 2)
+
+
+def _block_size(q_len, left):
+    """Queries in a block: few see few keys in vain, at most left + this; many make few and large products."""
+    return max(64, left // 4, q_len // 16)
+
+
+def _sdpa_in_blocks(q, k, v, left):
+    """
+    Causal attention of T queries over T keys in a window: time and memory are those of T x left scores, not of T x T.
+
+    The first `left` queries see all that is before them; then blocks of queries go over slices of the keys (views).
+    """
+    T, size = q.size(1), _block_size(q.size(1), left)
+    starts = [0, *range(max(left, size), T, size)]
+    return torch.cat([_sdpa(q[:, start:end], k[:, max(0, start - left):end], v[:, max(0, start - left):end],
+                            min(start, left), True, (left, 0)) for start, end in zip(starts, [*starts[1:], T])], dim=1)
 
 
 def _window_mask(q_len, k_len, offset, left, right, device):
@@ -188,8 +209,3 @@ def _window_mask(q_len, k_len, offset, left, right, device):
         mask = mask & (key <= query + right)
     return mask
 
-
-@functools.lru_cache(maxsize=32) # the layers of a model share a few shapes
-@torch.inference_mode(False) # a mask made while sampling must still serve training
-def _cached_window_mask(q_len, k_len, offset, left, right, device):
-    return _window_mask(q_len, k_len, offset, left, right, device)

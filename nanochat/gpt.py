@@ -61,6 +61,13 @@ class GPTConfig:
                f"window_pattern must be made of the letters S and L, got {self.window_pattern!r}")
 
 
+def config_of_depth(depth, vocab_size=32768, sequence_len=2048, aspect_ratio=64, head_dim=128, window_pattern="SSSL"):
+    """The GPTConfig that follows from a depth: width rounded up to whole heads, no grouped-query attention."""
+    num_heads = -(-depth * aspect_ratio // head_dim)
+    return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=num_heads,
+                     n_kv_head=num_heads, n_embd=num_heads * head_dim, window_pattern=window_pattern)
+
+
 def norm(x):
     """RMS-normalise the last dimension, without learnable parameters. Keeps shape and dtype."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS).to(x.dtype)
@@ -81,6 +88,14 @@ def apply_rotary_emb(x, cos, sin):
     """
     a, b = x.chunk(2, dim=-1) # (B, T, H, D/2) each
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+def window_sizes(config):
+    """(left, right) of each layer. Left of an L layer is sequence_len, so it slides too on longer inputs."""
+    T, pattern = config.sequence_len, config.window_pattern.upper()
+    lefts = [T if pattern[i % len(pattern)] == "L" else T // 2 for i in range(config.n_layer)]
+    lefts[-1] = T
+    return [(left, 0) for left in lefts]
 
 
 class Linear(nn.Linear):
@@ -181,9 +196,14 @@ def token_losses(x, weight, targets):
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
 
 
+def chunk_rows(vocab_size, device_type):
+    """Positions whose logits the loss holds at once: 512 on a CPU, where that is fastest, 512 MB of them on a GPU."""
+    return max(1, (1 << 27) // vocab_size) if device_type == "cuda" else 512
+
+
 def chunks_of(x, vocab_size):
-    """Slices of rows of x (N, C): 512 on a CPU, where that is fastest (dev/LOG.md), 512 MB of logits on a GPU."""
-    size = max(1, (1 << 27) // vocab_size) if x.is_cuda else 512
+    """Slices of chunk_rows rows of x (N, C)."""
+    size = chunk_rows(vocab_size, x.device.type)
     return [slice(start, start + size) for start in range(0, x.size(0), size)]
 
 
@@ -248,16 +268,9 @@ class GPT(nn.Module):
         })
         self.lm_head = Linear(config.n_embd, padded)
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(padded, kv_dim) for i in ve_layers})
-        self.window_sizes = self._window_sizes()
+        self.window_sizes = window_sizes(config)
         self.register_buffer("cos", torch.empty(1, 0, 1, 0), persistent=False) # made when first needed
         self.register_buffer("sin", torch.empty(1, 0, 1, 0), persistent=False)
-
-    def _window_sizes(self):
-        """(left, right) of each layer. Left of an L layer is sequence_len, so it slides too on longer inputs."""
-        T, pattern = self.config.sequence_len, self.config.window_pattern.upper()
-        lefts = [T if pattern[i % len(pattern)] == "L" else T // 2 for i in range(self.config.n_layer)]
-        lefts[-1] = T
-        return [(left, 0) for left in lefts]
 
     def get_device(self):
         return self.transformer.wte.weight.device
@@ -444,14 +457,8 @@ class GPT(nn.Module):
         return groups
 
     def estimate_flops(self):
-        """
-        FLOPs of training per token, forward and backward: 6 per matrix weight plus attention's 12 H D per key seen.
-
-        As in PaLM (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B), with windows counted.
-        """
-        sizes = self.num_scaling_params()
-        keys = sum(min(left, self.config.sequence_len) for left, _ in self.window_sizes)
-        return 6 * (sizes["lm_head"] + sizes["transformer_matrices"]) + 12 * self.config.n_embd * keys
+        """FLOPs of training per token, see `flops_per_token`."""
+        return flops_per_token(self.config, self.num_scaling_params())
 
     def setup_optimizer(self, unembedding_lr=0.004, embedding_lr=0.2, matrix_lr=0.02, weight_decay=0.0,
                         adam_betas=(0.8, 0.95), scalar_lr=0.5):
@@ -484,3 +491,65 @@ class GPT(nn.Module):
             group["initial_lr"] = group["lr"]
         assert sum(len(group["params"]) for group in groups) == len(list(self.parameters()))
         return MuonAdamW(groups)
+
+# -----------------------------------------------------------------------------
+# Costs of a model that need not exist
+
+def count_params(config, pad_vocab_size_to=64):
+    """What `GPT(config).num_scaling_params()` says, by arithmetic, as making a model takes a while."""
+    C, L, kv_dim = config.n_embd, config.n_layer, config.n_embd // config.n_head * config.n_kv_head
+    table, num_ve = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to, -(-L // 2)
+    groups = {
+        "wte": table * C,
+        "value_embeds": table * kv_dim * num_ve,
+        "lm_head": table * C,
+        "transformer_matrices": L * (10 * C * C + 2 * C * kv_dim) + num_ve * GATE_CHANNELS * config.n_kv_head,
+        "scalars": 2 * L,
+    }
+    return {**groups, "total": sum(groups.values())}
+
+
+def flops_per_token(config, sizes):
+    """
+    FLOPs of training per token, forward and backward: 6 per matrix weight plus attention's 12 H D per key seen.
+
+    sizes  parameters by group, as `GPT.num_scaling_params` counts them
+    As in PaLM (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B), with windows counted.
+    """
+    keys = sum(left for left, _ in window_sizes(config))
+    return 6 * (sizes["lm_head"] + sizes["transformer_matrices"]) + 12 * config.n_embd * keys
+
+
+def memory_forecast(config, rows, device_type="cuda", dtype_bytes=2, world_size=1, recompute=False):
+    """
+    Bytes that one rank needs to train, by component; "peak" is what is alive at once, without the process itself.
+
+    rows         of a micro-batch on this rank
+    dtype_bytes  of an activation: 2 for bf16, 4 for fp32
+    world_size   ranks that share the optimizer's state
+    recompute    are the blocks' activations made again in the backward pass, one block at a time?
+    Counted from what a forward pass keeps (tests/test_gpt.py finds the same in a real one), from SummedLoss and from
+    muon_update. What an allocator wastes comes on top.
+    """
+    sizes, C, L, tokens = count_params(config), config.n_embd, config.n_layer, rows * config.sequence_len
+    tables, matrices = sizes["wte"] + sizes["value_embeds"], sizes["transformer_matrices"]
+    weights = 4 * (sizes["total"] - tables) + (2 if device_type == "cuda" else 4) * tables # see GPT.init_weights
+    # A layer keeps 16 C of a token: its input before and after the scalars; its norm, q before and after its own, what
+    # attention gives; the same of the MLP: input, norm, and 4 C before and after the square. k twice, v, every second
+    # value embedding come on top. Made again later, it keeps but its inputs.
+    kv_dim = C // config.n_head * config.n_kv_head
+    layer, inputs = (tokens * dtype_bytes * size for size in (16 * C + 3.5 * kv_dim, 2 * C + 0.5 * kv_dim))
+    kept = layer + (L - 1) * (inputs if recompute else layer) + tokens * C * (4 + 2 * dtype_bytes)
+    head = config.vocab_size * C * (10 if dtype_bytes == 2 else 8) # gradient, its sum over the chunks, a copy in bf16
+    logits = min(tokens, chunk_rows(config.vocab_size, device_type)) * config.vocab_size
+    parts = {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer state": (2 * (weights - 4 * matrices) + 4 * matrices) // world_size, # AdamW two moments, Muon one
+        "activations": int(kept),
+        "bf16 copies of matrices": 2 * matrices // (L if recompute else 1) if dtype_bytes == 2 else 0,
+        "loss, or backward of a block": max(head + logits * (4 + 2 * dtype_bytes), tokens * dtype_bytes * 10 * C),
+        "optimizer step": 28 * 4 * C * C * L // world_size + 4 * matrices * (world_size > 1), # stacks of Muon's groups
+    }
+    resting, step = sum(parts[name] for name in ("weights", "gradients", "optimizer state")), parts["optimizer step"]
+    return parts | {"peak": resting + max(sum(parts.values()) - resting - step, step)}

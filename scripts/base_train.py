@@ -29,7 +29,7 @@ from nanochat.core_eval import evaluate_model
 from nanochat.dataloader import first_rows, merge_lane_states, pretraining_loader, usable_lanes
 from nanochat.engine import Engine
 from nanochat.flash_attention import describe_backend
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, config_of_depth
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report, is_reported
 from nanochat.tokenizer import get_tokenizer, token_bytes_of
@@ -122,11 +122,9 @@ def config_problems(args):
 
 
 def build_config(args, vocab_size):
-    """The GPTConfig that follows from --depth: width rounded up to whole heads, no grouped-query attention."""
-    base_dim = args.depth * args.aspect_ratio
-    num_heads = -(-base_dim // args.head_dim)
-    return GPTConfig(sequence_len=args.max_seq_len, vocab_size=vocab_size, n_layer=args.depth, n_head=num_heads,
-                     n_kv_head=num_heads, n_embd=num_heads * args.head_dim, window_pattern=args.window_pattern)
+    """The GPTConfig that follows from --depth and the other flags of shape."""
+    return config_of_depth(args.depth, vocab_size, args.max_seq_len, args.aspect_ratio, args.head_dim,
+                           args.window_pattern)
 
 
 def build_model(config, compute, dtype):
@@ -143,9 +141,7 @@ def print_plan(args, model, tokenizer, compute, num_steps):
     config, sizes, flops = model.config, model.num_scaling_params(), model.estimate_flops()
     scaling = sizes["transformer_matrices"] + sizes["lm_head"]
     base_dim = args.depth * args.aspect_ratio
-    print0(backend := describe_backend(compute.device, model.compute_dtype))
-    if "scaled_dot" in backend and any(left < config.sequence_len for left, _ in model.window_sizes):
-        print0("Warning: here the windows of S layers are masks, which save no time: --window-pattern L is no slower")
+    print0(describe_backend(compute.device, model.compute_dtype))
     print0(f"Compute dtype: {str(model.compute_dtype).split('.')[1]}, master weights fp32, "
            f"{torch.get_num_threads()} threads")
     print0(f"Vocabulary size: {tokenizer.get_vocab_size():,}")

@@ -89,7 +89,7 @@ def test_a_run_writes_what_the_later_stages_need(base_dir, capsys):
         assert "CORE metric estimate (tinyworld, at most 4 examples per task)" in file.read()
     assert "The capital of France is" in out and "tinyworld (synthetic" in out
     assert "Tokens : Scaling params ratio" in out
-    assert "Warning: here the windows of S layers are masks" in out
+    assert "Attention: scaled_dot_product_attention, windows in blocks" in out
 
 
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(base_dir):

@@ -107,6 +107,37 @@ def test_gradients_equal_those_of_the_loops():
         torch.testing.assert_close(grad, wanted)
 
 
+@pytest.mark.parametrize("T", [65, 128, 200, 257])
+@pytest.mark.parametrize("left", [0, 1, 17, 63, 64, 100, 127, 128, 198, 199, 255])
+@pytest.mark.parametrize("num_kv_heads", [4, 1])
+def test_blocks_equal_one_mask_over_all(T, left, num_kv_heads):
+    """Values and gradients, against torch's attention under the T x T mask of the window."""
+    q, k, v = (x.requires_grad_() for x in qkv(Tq=T, Tk=T, K=num_kv_heads))
+    y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    masked = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=(distance >= 0) & (distance <= left), enable_gqa=True)
+    torch.testing.assert_close(y, masked.transpose(1, 2), atol=1e-12, rtol=0)
+    weights = torch.randn_like(y)
+    for grad, wanted in zip(*(torch.autograd.grad((out * weights).sum(), (q, k, v))
+                              for out in (y, masked.transpose(1, 2)))):
+        torch.testing.assert_close(grad, wanted, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("T, left", [(1024, 64), (2048, 256), (2048, 1024)])
+def test_the_scores_of_a_windowed_layer_shrink_with_the_window(monkeypatch, T, left):
+    """Pairs of a query and a key that torch is given, half of the pairs where it leaves out the future by itself."""
+    real, pairs = torch.nn.functional.scaled_dot_product_attention, []
+    def counting(q, k, v, is_causal=False, **kwargs):
+        pairs.append(q.size(2) * k.size(2) / (2 if is_causal else 1))
+        return real(q, k, v, is_causal=is_causal, **kwargs)
+    monkeypatch.setattr(fa.F, "scaled_dot_product_attention", counting)
+    q, k, v = (torch.zeros(1, T, 1, 8) for _ in range(3))
+    flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
+    least = T * left - left * left / 2
+    assert least <= sum(pairs) < min(2.1 * least, T * T / 2)
+
+
 @pytest.mark.parametrize("lengths", [8, torch.tensor([2, 8])])
 def test_a_full_cache_is_an_error(lengths):
     q, k, v = qkv(Tq=2, Tk=2)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.engine import KVCache
-from nanochat.gpt import GPT, Block, GPTConfig, Linear, apply_rotary_emb, has_ve, norm
+from nanochat.gpt import (GPT, Block, GPTConfig, Linear, apply_rotary_emb, config_of_depth, count_params,
+                          flops_per_token, has_ve, memory_forecast, norm)
 
 
 def build(config, **kwargs):
@@ -413,3 +414,51 @@ def test_packed_weights_change_nothing_but_the_speed():
         torch.testing.assert_close(model.logits_at(ids, at, cache), expected.flatten(0, 1)[at], rtol=0.02, atol=0.05)
     model.lm_head.weight.data.zero_() # with gradients on, the weights themselves are used: they may have changed
     assert not model(ids).any()
+
+
+@pytest.mark.parametrize("config", [
+    config_of_depth(1, 100, 16), config_of_depth(5, 32768), config_of_depth(20), config_of_depth(32, 65536, 2048),
+    GPTConfig(64, 1000, 7, 6, 2, 96, "SL")], ids=str)
+def test_costs_by_arithmetic_are_those_of_the_model(config):
+    with torch.device("meta"):
+        model = GPT(config)
+    assert count_params(config) == model.num_scaling_params()
+    assert flops_per_token(config, count_params(config)) == model.estimate_flops()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_the_memory_forecast_counts_what_a_forward_pass_keeps(dtype, num_kv_heads):
+    """By the storages that autograd saves, parameters apart; within 5 % in fp32, in bf16 (eager norms save fp32) 25 %."""
+    config = GPTConfig(128, 512, 4, 4, num_kv_heads, 256, "L")
+    model = GPT(config)
+    model.init_weights()
+    model.compute_dtype = dtype
+    known, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model._hidden(torch.randint(512, (2, 128)), None, Block.forward)
+    parts = memory_forecast(config, 2, "cpu", dtype.itemsize)
+    measured = sum(storage.nbytes() for storage in kept.values())
+    forecast = parts["activations"] + parts["bf16 copies of matrices"]
+    assert measured == pytest.approx(forecast, rel=0.05 if dtype == torch.float32 else 0.25)
+
+
+def test_the_memory_forecast_adds_up_what_is_alive_at_once():
+    config = config_of_depth(12)
+    alone, shared = memory_forecast(config, 8), memory_forecast(config, 8, world_size=8)
+    sizes = count_params(config)
+    assert alone["weights"] == 4 * (sizes["lm_head"] + sizes["transformer_matrices"] + 24) \
+        + 2 * (sizes["wte"] + sizes["value_embeds"]) # published models: bf16 tables, fp32 matrices
+    assert shared["optimizer state"] == pytest.approx(alone["optimizer state"] / 8)
+    assert memory_forecast(config, 16)["activations"] == 2 * alone["activations"]
+    again = memory_forecast(config, 8, recompute=True)
+    assert again["activations"] < alone["activations"] / 4 and again["peak"] < alone["peak"]
+    assert alone["peak"] == sum(size for name, size in alone.items() if name not in ("peak", "optimizer step"))
+    assert memory_forecast(config_of_depth(32), 1)["peak"] > 2 * memory_forecast(config_of_depth(20), 1)["peak"]
