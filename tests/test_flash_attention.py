@@ -110,8 +110,10 @@ def test_gradients_equal_those_of_the_loops():
 @pytest.mark.parametrize("T", [65, 128, 200, 257])
 @pytest.mark.parametrize("left", [0, 1, 17, 63, 64, 100, 127, 128, 198, 199, 255])
 @pytest.mark.parametrize("num_kv_heads", [4, 1])
-def test_blocks_equal_one_mask_over_all(T, left, num_kv_heads):
+@pytest.mark.parametrize("products", [False, True], ids=["sdpa", "products"])
+def test_blocks_equal_one_mask_over_all(T, left, num_kv_heads, products, monkeypatch):
     """Values and gradients, against torch's attention under the T x T mask of the window."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: products)
     q, k, v = (x.requires_grad_() for x in qkv(Tq=T, Tk=T, K=num_kv_heads))
     y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
     distance = torch.arange(T)[:, None] - torch.arange(T)
@@ -122,6 +124,35 @@ def test_blocks_equal_one_mask_over_all(T, left, num_kv_heads):
     for grad, wanted in zip(*(torch.autograd.grad((out * weights).sum(), (q, k, v))
                               for out in (y, masked.transpose(1, 2)))):
         torch.testing.assert_close(grad, wanted, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("left", [-1, 30, 200])
+def test_products_of_packed_documents_equal_sdpa(left, monkeypatch):
+    q, k, v = (x.requires_grad_() for x in qkv(Tq=150, Tk=150))
+    starts = (torch.arange(150) // 40 * 40).expand(2, 150)
+    mask, weights, found = fa.document_mask(starts, (left, 0), torch.float64), torch.randn(2, 150, 4, 8).double(), []
+    for products in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: products)
+        y = flash_attn.masked_attn_func(q, k, v, mask)
+        found.append((y, *torch.autograd.grad((y * weights).sum(), (q, k, v))))
+    for by_sdpa, by_products in zip(*found):
+        torch.testing.assert_close(by_products, by_sdpa, atol=1e-12, rtol=0)
+
+
+def test_products_are_for_short_rows_in_compiled_training_on_a_cpu(monkeypatch):
+    q, k, v = (torch.randn(1, 128, 2, 32, requires_grad=True) for _ in range(3))
+    used = []
+    monkeypatch.setattr(fa, "_products_in_blocks", lambda q, k, v, *rest: used.append(q.shape) or q)
+    def attend(q):
+        return flash_attn.flash_attn_func(q, q, q, causal=True, window_size=(-1, 0))
+    attend(q)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.no_grad():
+        attend(q)
+    attend(torch.randn(1, 1100, 1, 8, requires_grad=True))
+    assert used == []
+    attend(q)
+    assert used == [q.shape]
 
 
 @pytest.mark.parametrize("T, left", [(1024, 64), (2048, 256), (2048, 1024)])
