@@ -56,7 +56,9 @@ SHARES = [(768, 0.41), (1152, 0.46)] # width and share of peak in bf16 of d12 an
 OPTIMA = [(0.1107, 1.242, 0.8972), (0.1678, 1.785, 0.8616), (0.2507, 2.642, 0.8293), (0.3818, 3.807, 0.7999)]
 D12_CORE = (0.1101, 1.156, 0.133) # #563: d12 at the default ratio: parameters, tokens, CORE
 CORE_NOISE = 0.0052 # standard deviation of identical runs
-DATA_MIB = 120 # what base_train holds on a CPU besides what `calibrate` sees: pyarrow, tokenizer, documents
+READING = 1.5e-6 # seconds of a CPU for a token of the data: reading, tokenizing, packing
+WASTE = {"cpu": 0.25, "cuda": 0.1} # what allocators take besides; cpu: base_train at depths 2, 4, 6; cuda: a guess
+DATA_MIB = 80 # what base_train holds on a CPU besides what `calibrate` sees: pyarrow, tokenizer, documents
 
 # Memory in GiB that a process gets, GB/s that a GPU sends to another of its node: NVLink, half of the sum in its data
 # sheet, else PCIe. Peaks stand in common.get_peak_flops, prices in report.HOURLY_RATES.
@@ -113,7 +115,8 @@ def step_seconds(config, tokens, machine):
     """Seconds of an optimizer step; what a GPU waits for slower links than those of the published runs comes on top."""
     if machine.is_cpu:
         token, step = work_of(config)
-        return float(tokens * np.dot(token, machine.speed["token"]) + np.dot(step, machine.speed["step"]))
+        per_token = READING + np.dot(token, machine.speed["token"])
+        return float(tokens * per_token + np.dot(step, machine.speed["step"]))
     sent = 2 * memory_forecast(config, 1)["weights"] # gradients out and weights back
     inside, per_node = sent * (1 - 1 / machine.ranks) / machine.link, machine.ranks // machine.nodes
     between = sent * (1 - 1 / machine.nodes) / (BETWEEN_NODES * per_node)
@@ -149,7 +152,8 @@ def calibrate(make_config, max_rows, dtype, depths=(2, 6), budget=40):
         works.append(work_of(config))
         tokens_times.append(statistics.median(micro[1:]) / ids.numel())
         step_times.append(statistics.median(steps[1:]))
-        process.append(peak_memory_mib(compute) - memory_forecast(config, rows, "cpu", dtype.itemsize)["peak"] / 2**20)
+        modelled = memory_forecast(config, rows, "cpu", dtype.itemsize)["peak"] / 2**20
+        process.append(peak_memory_mib(compute) - (1 + WASTE["cpu"]) * modelled)
         print(f"measured depth {depth}: {time.time() - start:.0f} s so far", file=sys.stderr, flush=True)
         if time.time() - start > budget:
             break
@@ -178,14 +182,14 @@ def rates(works, times):
 # -----------------------------------------------------------------------------
 # Quality
 
-def fit_bpb(points):
+def fit_bpb(points, exponent=0.2):
     """
     Coefficients of E + A N^-0.2 + B D^-0.2: bpb by scaling parameters N and tokens D, points (N, D, bpb) in 1e9.
 
     The law of Hoffmann et al. 2022 (https://arxiv.org/abs/2203.15556, section 3.3) with one exponent for both, as the
     published optima scale alike (C^0.54, C^0.49). 0.2 fits best of 0.1 to 1.
     """
-    rows = np.array([[1, n**-0.2, d**-0.2] for n, d, _ in points])
+    rows = np.array([[1, n**-exponent, d**-exponent] for n, d, _ in points])
     return np.linalg.lstsq(rows, np.array([bpb for _, _, bpb in points]), rcond=None)[0]
 
 
@@ -193,10 +197,10 @@ def bpb_points():
     return OPTIMA + [(run.params, run.tokens, run.bpb) for run in RUNS if run.bpb]
 
 
-def forecast_bpb(num_params, tokens, points=None):
+def forecast_bpb(num_params, tokens, points=None, exponent=0.2):
     """Validation bpb on FineWeb-Edu from scaling parameters and tokens (numbers, not 1e9)."""
-    e, a, b = fit_bpb(points or bpb_points())
-    return float(e + a * (num_params / 1e9)**-0.2 + b * (tokens / 1e9)**-0.2)
+    e, a, b = fit_bpb(points or bpb_points(), exponent)
+    return float(e + a * (num_params / 1e9)**-exponent + b * (tokens / 1e9)**-exponent)
 
 
 def core_points():
@@ -244,6 +248,21 @@ def spread(key):
     return max(math.sqrt(statistics.fmean(error**2 for error in errors)), CORE_NOISE if key == "core" else 0)
 
 
+def quality(num_params, tokens):
+    """
+    {"bpb", "core", "bpb_spread", "core_spread"}, or {"bpb": None, "core": None} where the published runs are too far.
+
+    The spread is that of leaving one out, or what an exponent of 0.3 would change: it grows with the distance.
+    """
+    if not is_in_range(num_params, tokens):
+        return {"bpb": None, "core": None}
+    bpb = forecast_bpb(num_params, tokens)
+    around = max(spread("bpb"), abs(forecast_bpb(num_params, tokens, exponent=0.3) - bpb))
+    core = forecast_core(bpb)
+    return {"bpb": bpb, "core": core, "bpb_spread": around,
+            "core_spread": spread("core") + abs(forecast_core(bpb + around) - core)}
+
+
 def hours_error():
     """Median relative error of the hours of published runs, each forecast from the others."""
     return statistics.median(abs(forecast / outcome - 1) for _, outcome, forecast in leave_one_out()["hours"])
@@ -262,7 +281,7 @@ def forecast_of_run(config, tokens, device_name, world_size, memory):
     found = {"Forecast of the memory, without the process": f"{memory / 2**20:.0f}MiB"}
     if 0 < peak < math.inf:
         found["Forecast of the training time"] = f"{training_seconds(config, tokens, peak * world_size) / 60:.2f}m"
-    if is_in_range(num_params, tokens):
-        bpb = forecast_bpb(num_params, tokens)
-        found |= {"Forecast of validation bpb on FineWeb-Edu": bpb, "Forecast of CORE": forecast_core(bpb)}
+    guess = quality(num_params, tokens)
+    if guess["bpb"] is not None:
+        found |= {"Forecast of validation bpb on FineWeb-Edu": guess["bpb"], "Forecast of CORE": guess["core"]}
     return found

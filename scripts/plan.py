@@ -25,7 +25,6 @@ from nanochat.report import HOURLY_RATES
 CHARS_PER_TOKEN, CHARS_PER_SHARD, CROPPED = 4.8, 250e6, 0.35 # see runs/speedrun.sh
 MAX_SHARDS = 1822 # of FineWeb-Edu, see nanochat/dataset.py
 DEPTHS = range(2, 65)
-ALLOCATOR = 1.10 # a GPU's allocator keeps about a tenth more than is alive
 
 
 def build_parser():
@@ -105,9 +104,10 @@ def build_config(depth, args):
 
 def memory_of(config, rows, machine):
     """memory_forecast with the process: what must fit into a GPU, or what a CPU process takes."""
-    parts = memory_forecast(config, rows, "cpu" if machine.is_cpu else "cuda", machine.dtype_bytes, machine.ranks)
+    device = "cpu" if machine.is_cpu else "cuda"
+    parts = memory_forecast(config, rows, device, machine.dtype_bytes, machine.ranks)
     peak = parts.pop("peak")
-    process = machine.speed["process"] * 2**20 if machine.is_cpu else 2**30 + (ALLOCATOR - 1) * peak
+    process = machine.speed.get("process", 1024) * 2**20 + forecast.WASTE[device] * peak
     return {**parts, "process and allocator": process, "peak": peak + process}
 
 
@@ -145,12 +145,8 @@ def make_plan(depth, machine, args):
                                                                    memory["optimizer state"]) / 1e9,
              "seconds_per_step": 3600 * training / steps, "training_hours": training, "hours": training + others,
              "dollars": (training + others) * machine.price, "memory": {k: int(v) for k, v in memory.items()},
-             "bpb": None, "core": None}
-    if forecast.is_in_range(scaling, tokens):
-        found["bpb"] = forecast.forecast_bpb(scaling, tokens)
-        found |= {"core": forecast.forecast_core(found["bpb"]), "bpb_spread": forecast.spread("bpb"),
-                  "core_spread": forecast.spread("core")}
-    return found | {"calibration_seconds": machine.speed.get("seconds"), "commands": commands(found, machine, args)}
+             **forecast.quality(scaling, tokens), "calibration_seconds": machine.speed.get("seconds")}
+    return found | {"commands": commands(found, machine, args)}
 
 
 def commands(found, machine, args):
@@ -177,7 +173,7 @@ def find_plan(machine, args):
     goal = next((name for name in ("dollars", "hours", "core") if getattr(args, name) is not None), None)
     if goal is None:
         return make_plan(args.depth or 20, machine, args)
-    plans, limit = [], getattr(args, goal)
+    plans, limit, _ = [], getattr(args, goal), build_config(2, args) # flags of shape that cannot be are told now
     for depth in DEPTHS:
         with contextlib.suppress(ValueError): # too short for a step, or too large for the memory
             plans.append(make_plan(depth, machine, args))

@@ -2,7 +2,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -90,9 +89,22 @@ def test_core_of_gpt2_needs_the_depth_of_the_records(capsys):
     ("--depth 20 --hours 3", "give one of --depth, --dollars, --hours and --core, got 2"),
     ("--depth 0", "--depth must be a positive number, got 0"), ("--price nan", "--price must be a positive number"),
     ("--depth 64 --gpu 4090 --count 1", "needs"), ("--depth 2 --ratio 0.001", "--ratio 0.001 is less than one step"),
-    ("--depth 4 --head-dim 63", "head dimension"), ("--window-pattern X", "window_pattern")])
+    ("--depth 4 --head-dim 63", "head dimension"), ("--dollars 100 --head-dim 63", "head dimension"),
+    ("--window-pattern X", "window_pattern")])
 def test_bad_budgets_and_names_get_a_sentence(flags, sentence, capsys):
     assert sentence in refusal(capsys, *flags.split())
+
+
+@pytest.mark.parametrize("name", forecast.GPUS)
+def test_every_known_gpu_has_all_figures(name, capsys):
+    found = run(capsys, "--depth=8", "--count=1", f"--gpu={name.upper()}")
+    assert 0 < found["training_hours"] < 24 and found["dollars"] > 0 and found["device_batch_size"] >= 8
+
+
+def test_the_spread_grows_with_the_distance():
+    near, far = forecast.quality(0.918e9, 7.6e9), forecast.quality(2.5e9, 26e9)
+    assert near["bpb_spread"] < 0.002 < far["bpb_spread"] and near["core_spread"] < far["core_spread"]
+    assert forecast.quality(1e6, 1e7) == {"bpb": None, "core": None}
 
 
 def test_any_gpu_by_its_figures(capsys):
@@ -168,8 +180,11 @@ def test_what_the_report_sets_beside_the_outcome():
     assert list(tiny) == ["Forecast of the memory, without the process"], "nothing else is believed"
 
 
-@pytest.mark.slow
 def test_it_answers_in_three_seconds():
-    start = time.time()
-    subprocess.run([sys.executable, "-m", "scripts.plan", "--depth", "20"], cwd=ROOT, check=True, capture_output=True)
-    assert time.time() - start < 3
+    """Of the processor, torch's import included: other work on this machine does not count."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "scripts.plan", "--dollars", "100"], cwd=ROOT, check=True,
+                   capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
