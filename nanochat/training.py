@@ -10,6 +10,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 
 import torch
@@ -207,6 +208,15 @@ def peak_flops(compute):
     """bf16 FLOP/s that all ranks together can reach; infinite, hence an MFU of 0, where that is not known."""
     known = compute.device.type == "cuda"
     return get_peak_flops(torch.cuda.get_device_name()) * compute.ddp_world_size if known else math.inf
+
+
+def peak_memory_mib(compute):
+    """Peak memory of the GPU, else resident memory of this process, in MiB."""
+    if compute.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource # not on Windows, so not at the top
+    unit = 1 if sys.platform == "darwin" else 1024 # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 class MetricsLog:

@@ -29,14 +29,15 @@ from nanochat.core_eval import evaluate_model
 from nanochat.dataloader import first_rows, merge_lane_states, pretraining_loader, usable_lanes
 from nanochat.engine import Engine
 from nanochat.flash_attention import describe_backend
-from nanochat.gpt import GPT, config_of_depth
+from nanochat.forecast import forecast_of_run
+from nanochat.gpt import GPT, config_of_depth, memory_forecast
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report, is_reported
 from nanochat.tokenizer import get_tokenizer, token_bytes_of
 from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, add_checkpoint_flags, check_loss,
                                check_weights, compile_model, grad_accum_steps, is_due, lr_multiplier, muon_momentum,
-                               number_problems, peak_flops, refuse_changes, sample_prompts, set_schedule,
-                               training_horizon, try_evaluation)
+                               number_problems, peak_flops, peak_memory_mib, refuse_changes, sample_prompts,
+                               set_schedule, training_horizon, try_evaluation)
 
 # Flags that change the mathematics of a run: a resumed run must have the saved values, of the first always.
 SHAPE = ("depth", "aspect_ratio", "head_dim")
@@ -341,15 +342,6 @@ def load_for_resume(folder, step, args, model, optimizer, tokenizer, compute):
     return meta
 
 
-def peak_memory_mib(compute):
-    """Peak memory of the GPU, else resident memory of this process, in MiB."""
-    if compute.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource # not on Windows, so not at the top
-    unit = 1 if sys.platform == "darwin" else 1024 # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
 def report(run, plan, metrics):
     """The end of the run, on the console and in the report."""
     print0(f"Peak memory usage: {peak_memory_mib(run.compute):.2f} MiB")
@@ -367,7 +359,16 @@ def report(run, plan, metrics):
         "Total training time": f"{run.speed.total_time / 60:.2f}m",
         "Peak memory usage": f"{peak_memory_mib(run.compute):.2f}MiB",
     }
-    get_report().log("Base model training", [vars(run.args), plan, outcome])
+    get_report().log("Base model training", [vars(run.args), plan, outcome, forecast(run, plan)])
+
+
+def forecast(run, plan):
+    """What could be said of this run beforehand, to be set beside what came out."""
+    device, dtype, config = run.compute.device, run.model.compute_dtype, run.model.config
+    memory = memory_forecast(config, run.args.device_batch_size, device.type, dtype.itemsize,
+                             run.compute.ddp_world_size)["peak"]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else None
+    return forecast_of_run(config, plan["Number of training tokens"], name, run.compute.ddp_world_size, memory)
 
 
 def main(argv=None):

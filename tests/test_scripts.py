@@ -42,6 +42,8 @@ BAD = [
     ("scripts.chat_web", "--max-batch 0 --max-queue -1", "--max-queue must be at least 0, got -1"),
     ("scripts.chat_web", "--port 65536", "--port must be between 0 and 65535, got 65536"),
     ("scripts.chat_web", "--cors-origin *", "--cors-origin must name an origin"),
+    ("scripts.plan", "--gpu abacus", "--gpu must be one of"),
+    ("scripts.plan", "--depth 2 --core 0.2", "give one of --depth, --dollars, --hours and --core"),
     ("nanochat.dataset", "-n 2 -w 0", "--num-workers must be at least 1, got 0"),
     ("dev.tinyworld.generate", "--facts 1", "--facts must be at least"),
 ]
