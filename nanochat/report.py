@@ -170,7 +170,7 @@ def render_table(scores, label):
 # -----------------------------------------------------------------------------
 # Plots
 
-def _read_curves(path):
+def read_curves(path):
     """{key: (steps, values)} of a metrics.jsonl; a line cut short by a crash, or without a step, is left out."""
     curves = {}
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -195,7 +195,7 @@ def plot_curves(base_dir, path):
     panels = {} # (stage, key): [(tag, steps, values)]
     for file in sorted(files, key=os.path.getmtime):
         stage, tag, _ = os.path.relpath(file, base_dir).split(os.sep)
-        for key, (steps, values) in _read_curves(file).items():
+        for key, (steps, values) in read_curves(file).items():
             if key in CURVES:
                 panels.setdefault((stage.removesuffix("_checkpoints"), key), []).append((tag, steps, values))
     if not panels:
