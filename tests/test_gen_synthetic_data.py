@@ -145,7 +145,7 @@ def test_an_endpoint_that_is_not_there_and_mistakes(tmp_path, monkeypatch, capsy
         gen.main(["--url=http://127.0.0.1:9", "-n1", "--attempts=2", "--backoff=0.001"])
     (tmp_path / "lists.json").write_text('{"openers": []}')
     for flags, told in ((["-n0", "--persona=nowhere"], "--num must be at least 1, got 0; there is no nowhere"),
-                        ([f"--diversity={tmp_path / 'lists.json'}"], 'lists that are not empty, one of them "openers"')):
+                        ([f"--diversity={tmp_path / 'lists.json'}"], 'that are not empty, one of them "openers"')):
         with pytest.raises(SystemExit) as error:
             gen.main(flags)
         assert error.value.code == 2 and told in capsys.readouterr().err
