@@ -82,6 +82,16 @@ def test_every_command_of_a_run_file_has_valid_flags(tmp_path, name, data):
     assert modules.count("chat_eval") == 3 and modules.count("report") == 2
 
 
+def test_the_commands_of_the_leaderboard_are_valid_and_its_first_row_is_what_runcpu_trains():
+    lines = re.findall(r"^python (-m .*)$", (ROOT / "dev" / "LEADERBOARD.md").read_text("utf-8"), re.MULTILINE)
+    commands = [line.replace(" ", "\t") for line in lines]
+    assert [check_command(line) for line in commands if "\tscripts." in line] == ["tok_train", "base_train"]
+    run_file = (ROOT / "runs" / "runcpu.sh").read_text("utf-8").replace('"${BASE_STEPS:-1000}"', "1000")
+    differing = {"model-tag", "seed", "depth", "sample-every"}
+    for flag, value in re.findall(r"--([\w-]+)=(\S+)", lines[-1]):
+        assert flag in differing or f"--{flag}={value}" in run_file, flag
+
+
 # ---- sweeps ----
 
 def table(path):
