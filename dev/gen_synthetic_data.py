@@ -5,10 +5,10 @@ Conversations that give a model an identity, written by another model behind any
     python -m dev.gen_synthetic_data --persona my_persona.md     -> identity_conversations.jsonl in the base directory
     python -m dev.gen_synthetic_data --url http://127.0.0.1:8000/v1 --model d20-sft --response-format text
 
---persona says in free words who the model is, --context adds a text with more about it, and --diversity holds lists,
-from which every conversation draws other entries: without them, a thousand answers to one prompt are one answer. Put
-your own into all three. Each conversation is checked as `tasks/customjson.py` will. What has come is kept in
-OUT.partial: the same command goes on there, and OUT appears only when it is complete.
+--persona says in free words who the model is (a README may follow in it), and --diversity holds lists, from which every
+conversation draws other entries: without them, a thousand answers to one prompt are one answer. Put your own into
+both. Each conversation is checked as `tasks/customjson.py` will. What has come is kept in OUT.partial: the same command
+goes on there, and OUT appears only when it is complete.
 """
 import argparse
 import hashlib
@@ -16,7 +16,6 @@ import json
 import os
 import random
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -36,7 +35,7 @@ FORMATS = {"json_schema": {"type": "json_schema", "json_schema": {"name": "conve
 PROMPT = """Write one conversation between a user and an assistant, as training data for the assistant. Who it is:
 
 {persona}
-{context}
+
 Let it be natural and of several turns. Messages alternate; the first is the user's, the last the assistant's. Use plain
 ASCII, except when the user writes in another language: the assistant then answers in that language, and may say that
 it works best in English, because most of its training data is English. The assistant stays with the facts above and
@@ -47,26 +46,20 @@ The user's first message should be like one of these, not the same: {openers}
 Answer with one JSON object only: {{"messages": [{{"role": "user", "content": "..."}}, ...]}}"""
 
 
-class Fatal(UserError):
-    """What would go wrong with every other request too."""
-
-
 def build_prompt(index, args, lists):
     """The prompt of a conversation: the same for the same index and seed."""
     rng = random.Random(f"{args.seed}/{index}")
     drawn = {name: rng.sample(entries, min(len(entries), OPENERS if name == "openers" else 1))
              for name, entries in lists.items()}
     others = "".join(f"{name}: {entries[0]}\n" for name, entries in drawn.items() if name != "openers")
-    context = f"\nMore about it:\n\n{args.context.read_text('utf-8')}\n" if args.context else ""
-    return PROMPT.format(persona=args.persona.read_text("utf-8").strip(), context=context, others=others,
+    return PROMPT.format(persona=args.persona.read_text("utf-8").strip(), others=others,
                          openers=json.dumps(drawn["openers"], ensure_ascii=False))
 
 
 def parse_conversation(content):
     """The messages in a completion, with role and content alone; ValueError when they would not do for training."""
     start, end = content.find("{"), content.rfind("}") # models like to fence and explain their JSON
-    conversation = json.loads(content[start:end + 1])
-    messages = conversation.get("messages")
+    messages = json.loads(content[start:end + 1]).get("messages")
     check_messages(messages, "the completion")
     if messages[-1]["role"] != "assistant" or not all(message["content"].strip() for message in messages):
         raise ValueError("the last message must be the assistant's, and none empty")
@@ -74,7 +67,11 @@ def parse_conversation(content):
 
 
 def request(prompt, args):
-    """(messages, None) from one request, or (None, (what went wrong, seconds that the server asks to wait))."""
+    """
+    (messages, "", 0) from one request, or (None, what went wrong, seconds that the server asks to wait).
+
+    UserError for what would go wrong with every other request too.
+    """
     import requests
     key = os.environ.get(args.key_env, "")
     body = {"model": args.model, "messages": [{"role": "user", "content": prompt}], "temperature": args.temperature,
@@ -86,17 +83,17 @@ def request(prompt, args):
                               headers={"Authorization": f"Bearer {key}"} if key else {})
         if reply.status_code in (408, 409, 425, 429) or reply.status_code >= 500:
             wait = reply.headers.get("Retry-After", "")
-            return None, (f"HTTP {reply.status_code}", float(wait) if wait.isdigit() else 0)
+            return None, f"HTTP {reply.status_code}", int(wait) if wait.isdigit() else 0
         if reply.status_code != 200:
-            cure = {401: f"put a valid key into {args.key_env}", 403: f"put a valid key into {args.key_env}",
-                    404: "check --url and --model", 400: "try --response-format json_object or text"}
-            raise Fatal(f"{args.url} refuses with HTTP {reply.status_code} ({' '.join(reply.text.split())[:200]}): "
-                        f"{cure.get(reply.status_code, 'see the message of the server')}")
-        return parse_conversation(reply.json()["choices"][0]["message"]["content"]), None
+            cure = {401: f"put a valid key into {args.key_env}", 404: "check --url and --model",
+                    400: "try --response-format json_object or text"}.get(reply.status_code, "see the server's message")
+            said = " ".join(reply.text.split())[:200]
+            raise UserError(f"{args.url} refuses with HTTP {reply.status_code} ({said}): {cure}")
+        return parse_conversation(reply.json()["choices"][0]["message"]["content"]), "", 0
     except requests.RequestException as error:
-        return None, (type(error).__name__, 0)
+        return None, type(error).__name__, 0
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error: # not what was asked for
-        return None, (f"no usable conversation ({error})", 0)
+        return None, f"no usable conversation ({error})", 0
 
 
 def converse(index, args, lists, stopped):
@@ -105,12 +102,11 @@ def converse(index, args, lists, stopped):
     for attempt in range(args.attempts):
         if stopped.is_set():
             break
-        messages, failure = request(prompt, args)
+        messages, why, wait = request(prompt, args)
         if messages:
             return messages
-        why = failure[0]
         if attempt + 1 < args.attempts:
-            stopped.wait(min(60, max(failure[1], args.backoff * 2**attempt * random.uniform(0.5, 1))))
+            stopped.wait(min(60, max(wait, args.backoff * 2**attempt * random.uniform(0.5, 1))))
     return why
 
 
@@ -172,7 +168,6 @@ def build_parser():
     add("--overwrite", action="store_true", help="replace that file when it is there")
     add("-n", "--num", type=int, default=1000, help="conversations")
     add("--persona", type=Path, default=DEV / "persona.md", help="who the model is, in free words")
-    add("--context", type=Path, help="a text with more about it, for example README.md")
     add("--diversity", type=Path, default=DEV / "diversity.json", help='JSON of lists: "openers" and any others')
     add("--url", default="https://openrouter.ai/api/v1", help="OpenAI-compatible endpoint, up to /v1")
     add("--model", default="google/gemini-2.5-flash", help="model of that endpoint")
@@ -190,8 +185,7 @@ def build_parser():
 def check_args(args):
     problems = [f"--{name} must be at least 1, got {getattr(args, name)}" for name in ("num", "workers", "attempts")
                 if getattr(args, name) < 1]
-    problems += [f"there is no {path}" for path in (args.persona, args.context, args.diversity)
-                 if path and not path.is_file()]
+    problems += [f"there is no {path}" for path in (args.persona, args.diversity) if not path.is_file()]
     if args.out.exists() and not args.overwrite:
         problems.append(f"{args.out} is there already: pass --overwrite, or another --out")
     return problems
@@ -207,9 +201,7 @@ def main(argv=None):
     if not isinstance(lists, dict) or not lists.get("openers") or not all(
             entries and isinstance(entries, list) for entries in lists.values()):
         parser.error(f'{args.diversity} must be a JSON object of lists that are not empty, one of them "openers"')
-    start = time.time()
     generate(args, lists)
-    print(f"{time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import random
-import sys
 import tempfile
 import time
 
@@ -77,7 +76,7 @@ def repackage(args):
     counts, rng = collections.Counter(), random.Random(args.seed)
     if args.sources:
         paths = _input_files(args.sources)
-        texts = _documents(paths, args.text_column, "blank-line", counts)
+        texts = _documents(paths, "", "blank-line", counts)
         chars = sum(os.path.getsize(path) * (4 if path.endswith((".parquet", ".gz", ".zst")) else 1) for path in paths)
     else:
         texts, chars = hub_documents(args.hub, args.subset, counts), args.hub_chars
@@ -96,7 +95,6 @@ def build_parser():
     add = parser.add_argument
     add("--out", required=True, help="empty folder for the shards")
     add("--from", nargs="+", default=[], dest="sources", metavar="PATH", help="files or folders; without: the hub")
-    add("--text-column", default="", help="with --from: column or key that holds the text; empty = it is guessed")
     add("--hub", default=HUB[0], help="without --from: data set of the hub, or a folder that `datasets` can load")
     add("--subset", default=HUB[1], help="configuration of that data set; empty = its default")
     add("--hub-chars", type=float, default=5e11, help="characters expected from the hub: decides the number of buckets")
@@ -114,12 +112,9 @@ def main(argv=None):
     args.subset = args.subset or None
     start, cpu = time.time(), time.process_time()
     counts = repackage(args)
-    seconds, cpu = time.time() - start, time.process_time() - cpu
     megabytes = counts["characters"] / 1e6 # at least: a character has one byte or more
-    print(f"{counts['documents']:,} documents, {counts['characters']:,} characters in {counts['shards']} shards; left "
-          f"out {counts['empty']:,} empty ones", file=sys.stderr)
-    print(json.dumps({**counts, "seconds": round(seconds, 2), "MB_per_s": round(megabytes / seconds, 1),
-                      "MB_per_s_and_core": round(megabytes / cpu, 1)}))
+    print(json.dumps({**counts, "MB_per_s": round(megabytes / (time.time() - start), 1),
+                      "MB_per_s_and_core": round(megabytes / (time.process_time() - cpu), 1)}))
 
 
 if __name__ == "__main__":

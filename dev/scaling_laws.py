@@ -63,6 +63,7 @@ def write_table(tags, path):
             rows.append(measure(tag))
         except (UserError, OSError) as error:
             missing.append(str(error))
+    rows.sort(key=lambda row: (row["flops_budget"] or 0, row["depth"]))
     if rows: # else a table that is there stays as it is
         with atomic_write(path) as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")

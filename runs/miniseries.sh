@@ -19,8 +19,7 @@ cpu-20min) depths="1 2 3 4" ratio=10.5 ;;
 esac
 read -ra depths <<< "${DEPTHS:-$depths}"
 echo "series $series: depths ${depths[*]}"
-results="$NANOCHAT_BASE_DIR/${series}_miniseries_results/results.csv"
-trap 'python -m dev.scaling_laws --out "$results" "${depths[@]/#/${series}_miniseries_d}"' EXIT # also when a run fails
+trap 'sweep_table "${series}_miniseries_results" "${series}_miniseries_d[0-9]*"' EXIT # also when a run fails
 for depth in "${depths[@]}"; do
     sweep_run "${series}_miniseries_d$depth" --depth="$depth" --target-param-data-ratio="${RATIO:-$ratio}"
 done

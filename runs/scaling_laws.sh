@@ -18,15 +18,12 @@ gpu)
     flags+=(--eval-tokens=$((100 * 524288)))
     ;;
 cpu-3min) budgets="3e11 1e12" depths="1 2 3 4" ;;
-cpu-20min) budgets="1e12 3e12 1e13" depths="1 2 3 4 5" ;;
+cpu-20min) budgets="1e12 2e12 5e12" depths="1 2 3 4 5" ;;
 esac
 read -ra budgets <<< "${BUDGETS:-$budgets}"
 read -ra depths <<< "${DEPTHS:-$depths}"
 echo "sweep $label: budgets ${budgets[*]}, depths ${depths[*]}"
-tags=()
-for budget in "${budgets[@]}"; do tags+=("${depths[@]/#/scaling_${label}_${budget}_d}"); done
-results="$NANOCHAT_BASE_DIR/scaling_laws_results_$label/results.csv"
-trap 'python -m dev.scaling_laws --out "$results" "${tags[@]}"' EXIT # also when a run fails
+trap 'sweep_table "scaling_laws_results_$label" "scaling_${label}_[0-9]*_d[0-9]*"' EXIT # also when a run fails
 for budget in "${budgets[@]}"; do
     for depth in "${depths[@]}"; do
         sweep_run "scaling_${label}_${budget}_d$depth" --depth="$depth" --target-flops="$budget" --target-param-data-ratio=-1

@@ -51,3 +51,9 @@ sweep_run() {
     # shellcheck disable=SC2086
     stage "$tag" "${train[@]}" --run="$name" --model-tag="$tag" --resume --keep-last=1 "${flags[@]}" "$@" ${BASE_FLAGS:-}
 }
+
+# sweep_table FOLDER PATTERN: write FOLDER/results.csv, a row for every run with such a tag, those of earlier calls too.
+sweep_table() {
+    local tags=("$NANOCHAT_BASE_DIR"/base_checkpoints/$2)
+    python -m dev.scaling_laws --out "$NANOCHAT_BASE_DIR/$1/results.csv" "${tags[@]##*/}"
+}

@@ -72,8 +72,7 @@ def run(server, *flags):
 
 def test_what_is_sent_and_what_is_written(endpoint, tmp_path):
     (tmp_path / "persona.md").write_text("It is {braced} Zibble, a model of 3 layers.")
-    (tmp_path / "more.md").write_text("Zibble is green.")
-    run(endpoint, "-n", "6", f"--persona={tmp_path / 'persona.md'}", f"--context={tmp_path / 'more.md'}", "--model=m")
+    run(endpoint, "-n", "6", f"--persona={tmp_path / 'persona.md'}", "--model=m")
     task = CustomJSON(tmp_path / "identity_conversations.jsonl")
     assert len(task) == 6 and task[5]["messages"] == GOOD["messages"]
     assert not (tmp_path / "identity_conversations.jsonl.partial").exists()
@@ -84,7 +83,7 @@ def test_what_is_sent_and_what_is_written(endpoint, tmp_path):
     assert schema["strict"] is True and schema["schema"]["additionalProperties"] is False
     prompts = {body["messages"][0]["content"] for body in bodies}
     assert len(prompts) == 6, "every conversation draws others from the lists"
-    assert all("{braced} Zibble" in prompt and "Zibble is green." in prompt for prompt in prompts)
+    assert all("{braced} Zibble" in prompt for prompt in prompts)
 
 
 def test_draws_are_without_repetition_and_the_same_again(endpoint, tmp_path):
@@ -107,7 +106,7 @@ def test_what_may_pass_is_tried_again(endpoint, tmp_path, fault):
 
 @pytest.mark.parametrize("fault, cure", [
     (401, "put a valid key into OPENROUTER_API_KEY"), (404, "check --url and --model"),
-    (400, "try --response-format json_object or text"), (402, "see the message")])
+    (400, "try --response-format json_object or text"), (402, "see the server's message")])
 def test_what_will_not_pass_ends_it_at_once(endpoint, fault, cure):
     endpoint.faults = [fault] * 100
     with pytest.raises(UserError, match=f"HTTP {fault} .*no such thing.*{cure}") as error:

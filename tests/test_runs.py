@@ -123,7 +123,8 @@ def test_every_run_of_a_sweep_has_valid_flags_and_a_tag_of_its_own(tmp_path, mon
     shutil.copytree(ROOT / "runs", tmp_path / "runs")
     (tmp_path / "runs" / "setup.sh").write_text(
         "stage() { shift; \"$@\"; }\n"
-        "python() { printf '%s\\n' \"$(printf '%s\\t' \"$@\")\" >> commands; }\n"
+        "python() { printf '%s\\n' \"$(printf '%s\\t' \"$@\")\" >> commands\n"
+        "  if [[ \"$*\" =~ --model-tag=([^ ]+) ]]; then mkdir -p \"base_checkpoints/${BASH_REMATCH[1]}\"; fi; }\n"
         "torchrun() { shift 2; python \"$@\"; }\n")
     settings = {"NANOCHAT_BASE_DIR": str(tmp_path), "SIZE": size, "WANDB_RUN": "w", "NPROC_PER_NODE": "4"}
     done = subprocess.run(["bash", f"runs/{name}", "label"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
@@ -136,7 +137,7 @@ def test_every_run_of_a_sweep_has_valid_flags_and_a_tag_of_its_own(tmp_path, mon
     tags = [re.search(r"--model-tag=(\S+)", line)[1] for line in trained]
     assert all(f"--run=w_{tag}\t" in line for tag, line in zip(tags, trained))
     measured = [word for word in lines[-1].split("\t") if "label" in word and "/" not in word]
-    assert measured == tags and len(set(tags)) == len(tags)
+    assert sorted(measured) == sorted(tags) and len(set(tags)) == len(tags)
     expected = {"miniseries.sh": {"gpu": 11, "cpu-3min": 3, "cpu-20min": 4},
                 "scaling_laws.sh": {"gpu": 28, "cpu-3min": 8, "cpu-20min": 15}}
     assert len(tags) == expected[name][size]
