@@ -3,6 +3,7 @@ The record of a run: every stage logs one section, and the page with summary tab
 
     python -m nanochat.report reset       a new run: old sections go, the header describes code and machine
     python -m nanochat.report generate    sections -> <base>/report/report.md, and a copy with plots in this folder
+    python -m nanochat.report compare d4 d6 [--stage sft]     several runs of a stage: <base>/report/report_compare.md
 
 A section lies in <base>/report/ twice: <slug>.md for people and <slug>.json for the table, which takes metrics from the
 data by exact key, never from the printed text. Needs no network; plots need matplotlib and are left out without it.
@@ -20,8 +21,8 @@ import uuid
 
 import torch
 
-from nanochat.common import (atomic_write, dataset_label, get_base_dir, get_dist_info, print0, read_json, run_main,
-                             write_json)
+from nanochat.common import (UserError, atomic_write, dataset_label, get_base_dir, get_dist_info, print0, read_json,
+                             run_main, write_json)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) # of the repository
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
@@ -170,7 +171,7 @@ def render_table(scores, label):
 # -----------------------------------------------------------------------------
 # Plots
 
-def _read_curves(path):
+def read_curves(path):
     """{key: (steps, values)} of a metrics.jsonl; a line cut short by a crash, or without a step, is left out."""
     curves = {}
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -188,14 +189,20 @@ def _read_curves(path):
     return curves
 
 
-def plot_curves(base_dir, path):
-    """Draw loss, validation and reward of every stage from the metrics.jsonl of its newest runs; False without any."""
+def metrics_files(stage="", tag=None):
+    """The metrics.jsonl of all runs, of those of one stage (base, mid, sft, rl), or of its run `tag`; newest last."""
+    name = glob.escape(tag) if tag else "*"
+    files = glob.glob(os.path.join(glob.escape(get_base_dir()), f"*{stage}_checkpoints", name, "metrics.jsonl"))
+    return sorted(files, key=os.path.getmtime)
+
+
+def plot_curves(files, path, most=6):
+    """Draw loss, validation and reward from these metrics.jsonl, `most` runs in a panel; False when there are none."""
     from matplotlib.figure import Figure
-    files = glob.glob(os.path.join(base_dir, "*_checkpoints", "*", "metrics.jsonl"))
     panels = {} # (stage, key): [(tag, steps, values)]
-    for file in sorted(files, key=os.path.getmtime):
-        stage, tag, _ = os.path.relpath(file, base_dir).split(os.sep)
-        for key, (steps, values) in _read_curves(file).items():
+    for file in files:
+        stage, tag, _ = file.split(os.sep)[-3:]
+        for key, (steps, values) in read_curves(file).items():
             if key in CURVES:
                 panels.setdefault((stage.removesuffix("_checkpoints"), key), []).append((tag, steps, values))
     if not panels:
@@ -203,7 +210,7 @@ def plot_curves(base_dir, path):
     figure = Figure(figsize=(11, 3.2 * -(-len(panels) // 2)), layout="constrained")
     for i, ((stage, key), runs) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(-(-len(panels) // 2), 2, i)
-        for tag, steps, values in runs[-6:]: # more are hard to tell apart
+        for tag, steps, values in runs[-most:]: # more than six are hard to tell apart
             axes.plot(steps, values, label=tag, marker="." if len(steps) < 20 else None)
         axes.set(title=f"{stage}: {key}", xlabel="step")
         axes.grid(alpha=0.3)
@@ -233,6 +240,48 @@ def plot_scores(scores, label, path):
     with atomic_write(path, "wb") as file:
         figure.savefig(file, dpi=100, format="png")
     return True
+
+# -----------------------------------------------------------------------------
+# Several runs side by side
+
+def summarize_run(file):
+    """What a metrics.jsonl and the newest meta file beside it say of a run, as a row of the table."""
+    curves = read_curves(file)
+    metas = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(file)), "meta_*.json"))) # none before it saves
+    row = {"depth": read_json(metas[-1]).get("model_config", {}).get("n_layer", "-")} if metas else {}
+    row |= {"last step": max((steps[-1] for steps, _ in curves.values()), default=0)}
+    row |= {f"last {key}": curves[key][1][-1] for key in CURVES if key in curves}
+    if "val/bpb" in curves:
+        row["least val/bpb"] = min(curves["val/bpb"][1])
+    if "total_training_time" in curves:
+        row["minutes"] = curves["total_training_time"][1][-1] / 60
+    return row
+
+
+def compare(tags, stage):
+    """Write report_compare.md with its plot beside the report; returns its path. UserError for an unknown run."""
+    found = {tag: metrics_files(stage, tag) for tag in tags}
+    if missing := [tag for tag, files in found.items() if not files]:
+        there = [file.split(os.sep)[-2] for file in metrics_files(stage)]
+        raise UserError(f"{get_base_dir()} has no metrics.jsonl of a {stage} run {', '.join(missing)}: it has those of "
+                        f"{', '.join(there) or 'none'}")
+    files = [files[0] for files in found.values()]
+    rows = [{"run": tag, **summarize_run(file)} for tag, file in zip(found, files)]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, ["---"] * len(columns), *([format_value(row.get(key, "-")) for key in columns] for row in rows)]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in cells)
+    path = os.path.join(get_base_dir(), "report", "report_compare.md")
+    drawn = False
+    try:
+        drawn = plot_curves(files, f"{path[:-3]}.png", len(files))
+    except ImportError:
+        print0("Report: no plot, because matplotlib is not installed (pip install matplotlib)")
+    mark = f" on {dataset_label()}" if dataset_label() else ""
+    with atomic_write(path) as file:
+        file.write(f"# Runs compared: {stage}{mark}\n\n{table}\n")
+        file.write("![report_compare.png](report_compare.png)\n" if drawn else "")
+    print0(f"{table}\nReport: wrote {path}")
+    return path
 
 # -----------------------------------------------------------------------------
 # The report
@@ -267,7 +316,8 @@ class Report:
 
     def _read_sections(self):
         """{slug: section as in its JSON, with its markdown under "text"}, in the order of the page."""
-        found = {os.path.basename(path)[:-len(".md")] for path in glob.glob(self._path("*.md"))} - {"header", "report"}
+        found = {os.path.basename(path)[:-len(".md")] for path in glob.glob(self._path("*.md"))}
+        found -= {"header", "report", "report_compare"}
         for slug in SECTIONS:
             if slug not in found:
                 print0(f"Report: no section {slug}, skipping it")
@@ -297,7 +347,7 @@ class Report:
     def _plot(self, scores, label):
         """Markdown with the plots that could be made, and their file names."""
         plots = {"report_scores.png": lambda path: plot_scores(scores, label, path),
-                 "report_curves.png": lambda path: plot_curves(os.path.dirname(self.report_dir), path)}
+                 "report_curves.png": lambda path: plot_curves(metrics_files(), path)}
         try:
             names = [name for name, draw in plots.items() if draw(self._path(name))]
         except ImportError:
@@ -361,10 +411,18 @@ def is_reported(section, compute):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Write the report of a run, or begin a new one.")
-    parser.add_argument("command", nargs="?", default="generate", choices=["generate", "reset"],
-                        help="generate: join the sections to report.md (the default); reset: delete them, begin anew")
+    parser.add_argument("command", nargs="?", default="generate", choices=["generate", "reset", "compare"],
+                        help="generate: join the sections to report.md (the default); reset: delete them, begin anew; "
+                        "compare: several runs of a stage, side by side")
+    parser.add_argument("tags", nargs="*", metavar="TAG", help="with compare: the runs (--model-tag)")
+    parser.add_argument("--stage", default="base", choices=["base", "mid", "sft", "rl"], help="with compare: theirs")
     args = parser.parse_args(argv)
-    getattr(get_report(), args.command)()
+    if (args.command == "compare") != bool(args.tags):
+        parser.error("compare needs the tags of runs, and nothing else takes tags")
+    if args.command == "compare":
+        compare(args.tags, args.stage)
+    else:
+        getattr(get_report(), args.command)()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanochat import report
-from nanochat.common import write_json
+from nanochat.common import UserError, write_json
 from nanochat.report import DummyReport, Report, find_metrics, format_value, get_report, render_section, render_table
 
 
@@ -224,6 +224,40 @@ def test_plots_are_made_from_metrics_files_and_linked(home):
         assert f"![{name}]({name})" in text
         assert Path(name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert (home / "base" / "report" / name).exists()
+
+
+def write_run(folder, losses, depth=None, **end):
+    folder.mkdir(parents=True)
+    lines = [{"step": i, "train/loss": loss} for i, loss in enumerate(losses)] + [{"step": len(losses), **end}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in (1, len(losses)) if depth else ():
+        write_json(folder / f"meta_{step:06d}.json", {"model_config": {"n_layer": depth if step > 1 else 99}})
+
+
+def test_runs_are_compared_in_a_table_and_curves(home, capsys):
+    pytest.importorskip("matplotlib")
+    base = home / "base"
+    write_run(base / "base_checkpoints" / "d4", [3.0, 2.0, 1.5], 4, total_training_time=90.0, **{"val/bpb": 0.9})
+    write_run(base / "base_checkpoints" / "un[finished", [3.0, 2.5])
+    write_run(base / "chatsft_checkpoints" / "d4", [1.0, 0.5], 4)
+    report.main(["compare", "d4", "un[finished"])
+    text = read(base / "report" / "report_compare.md")
+    assert text.splitlines()[2:6] == [
+        "| run | depth | last step | last train/loss | last val/bpb | least val/bpb | minutes |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| d4 | 4 | 3 | 1.5000 | 0.9000 | 0.9000 | 1.5000 |",
+        "| un[finished | - | 1 | 2.5000 | - | - | - |"]
+    assert "![report_compare.png](report_compare.png)" in text and "| d4 | 4 |" in capsys.readouterr().out
+    assert (base / "report" / "report_compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    report.main(["compare", "d4", "--stage", "sft"])
+    assert "# Runs compared: sft" in read(base / "report" / "report_compare.md")
+    assert "Runs compared" not in read(log_whole_run().generate()), "no section of the report"
+    with pytest.raises(UserError, match="no metrics.jsonl of a base run d5, d6: it has those of d4, un"):
+        report.main(["compare", "d5", "d4", "d6"])
+    for flags in (["compare"], ["reset", "d4"], ["compare", "d4", "--stage", "none"]):
+        with pytest.raises(SystemExit) as error:
+            report.main(flags)
+        assert error.value.code == 2
 
 
 def test_without_matplotlib_there_is_one_line_and_a_report(home, monkeypatch, capsys):

@@ -1,4 +1,5 @@
 """The run file that the README begins with, whole but small, on a copy of the repository."""
+import csv
 import importlib
 import json
 import os
@@ -26,9 +27,9 @@ def repository(tmp_path):
     return copy
 
 
-def run(repository, base, **settings):
-    return subprocess.run(["bash", "runs/runcpu.sh"], cwd=repository, capture_output=True, text=True, timeout=800,
-                          env={**os.environ, **TINY, "NANOCHAT_BASE_DIR": str(base), **settings})
+def run(repository, base, name="runcpu.sh", *arguments, **settings):
+    return subprocess.run(["bash", f"runs/{name}", *arguments], cwd=repository, capture_output=True, text=True,
+                          timeout=800, env={**os.environ, **TINY, "NANOCHAT_BASE_DIR": str(base), **settings})
 
 
 @pytest.mark.slow
@@ -79,6 +80,73 @@ def test_every_command_of_a_run_file_has_valid_flags(tmp_path, name, data):
     for stage in ("tok_train", "base_train", "base_eval", "mid_train", "chat_sft", "chat_rl"):
         assert modules.count(stage) == 1, stage
     assert modules.count("chat_eval") == 3 and modules.count("report") == 2
+
+
+def test_the_commands_of_the_leaderboard_are_valid_and_its_first_row_is_what_runcpu_trains():
+    lines = re.findall(r"^python (-m .*)$", (ROOT / "dev" / "LEADERBOARD.md").read_text("utf-8"), re.MULTILINE)
+    commands = [line.replace(" ", "\t") for line in lines]
+    assert [check_command(line) for line in commands if "\tscripts." in line] == ["tok_train", "base_train"]
+    run_file = (ROOT / "runs" / "runcpu.sh").read_text("utf-8").replace('"${BASE_STEPS:-1000}"', "1000")
+    differing = {"model-tag", "seed", "depth", "sample-every"}
+    for flag, value in re.findall(r"--([\w-]+)=(\S+)", lines[-1]):
+        assert flag in differing or f"--{flag}={value}" in run_file, flag
+
+
+# ---- sweeps ----
+
+def table(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_a_sweep_that_failed_goes_on_and_the_table_has_what_is_finished(repository, tmp_path):
+    base, settings = tmp_path / "base", {"SIZE": "cpu-3min", "RATIO": "0.5", "DEPTHS": "1", "OMP_NUM_THREADS": "1",
+                                         "BASE_FLAGS": "--eval-tokens=1024 --core-metric-every=-1"}
+    first = run(repository, base, "miniseries.sh", "s", **settings | {"DEPTHS": "1 one"})
+    assert first.returncode != 0 and "s_miniseries_done: failed with exit code 2" in first.stderr
+    row, = table(base / "s_miniseries_results" / "results.csv")
+    assert row["tag"] == "s_miniseries_d1" and row["depth"] == "1" and row["core_score"] == ""
+    assert float(row["val_bpb"]) > 1
+    again = run(repository, base, "miniseries.sh", "s", **settings)
+    assert again.returncode == 0 and "=== s_miniseries_d1: complete already" in again.stdout
+    assert "sweep-data: complete already" in again.stdout and "1 of 1 runs are in" in again.stdout
+    two = run(repository, base, "scaling_laws.sh", "s", **settings, SKIP_SETUP="1", BUDGETS="5e9", NPROC_PER_NODE="2")
+    assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-2000:]
+    row, = table(base / "scaling_laws_results_s" / "results.csv")
+    assert float(row["flops_budget"]) == 5e9 and "DDP world size: 2" in two.stdout
+
+
+@pytest.mark.parametrize("size", ["gpu", "cpu-3min", "cpu-20min"])
+@pytest.mark.parametrize("name", ["miniseries.sh", "scaling_laws.sh"])
+def test_every_run_of_a_sweep_has_valid_flags_and_a_tag_of_its_own(tmp_path, monkeypatch, name, size):
+    shutil.copytree(ROOT / "runs", tmp_path / "runs")
+    (tmp_path / "runs" / "setup.sh").write_text(
+        "stage() { shift; \"$@\"; }\n"
+        "python() { printf '%s\\n' \"$(printf '%s\\t' \"$@\")\" >> commands\n"
+        "  if [[ \"$*\" =~ --model-tag=([^ ]+) ]]; then mkdir -p \"base_checkpoints/${BASH_REMATCH[1]}\"; fi; }\n"
+        "torchrun() { shift 2; python \"$@\"; }\n")
+    settings = {"NANOCHAT_BASE_DIR": str(tmp_path), "SIZE": size, "WANDB_RUN": "w", "NPROC_PER_NODE": "4"}
+    done = subprocess.run(["bash", f"runs/{name}", "label"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, **settings})
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "commands").read_text().splitlines()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    trained = [line for line in lines if "scripts.base_train" in line]
+    assert [check_command(line) for line in trained] == ["base_train"] * len(trained)
+    tags = [re.search(r"--model-tag=(\S+)", line)[1] for line in trained]
+    assert all(f"--run=w_{tag}\t" in line for tag, line in zip(tags, trained))
+    measured = [word for word in lines[-1].split("\t") if "label" in word and "/" not in word]
+    assert sorted(measured) == sorted(tags) and len(set(tags)) == len(tags)
+    expected = {"miniseries.sh": {"gpu": 11, "cpu-3min": 3, "cpu-20min": 4},
+                "scaling_laws.sh": {"gpu": 28, "cpu-3min": 8, "cpu-20min": 15}}
+    assert len(tags) == expected[name][size]
+
+
+def test_an_unknown_size_is_refused(tmp_path):
+    done = subprocess.run(["bash", "runs/miniseries.sh"], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "SIZE": "huge"})
+    assert done.returncode == 2 and "SIZE must be gpu, cpu-3min or cpu-20min, got 'huge'" in done.stderr
 
 
 # ---- several nodes: run files of which each writes its commands to a file, with the real `stage` ----
