@@ -86,7 +86,9 @@ def test_a_run_writes_what_the_later_stages_need(base_dir, capsys):
     assert "Step 00030 | Validation bpb" in out and "Step 00030 | CORE metric (tinyworld): " in out
     section = os.path.join(base_dir, "report", "base-model-training.json")
     with open(section) as file:
-        assert "CORE metric estimate (tinyworld, at most 4 examples per task)" in file.read()
+        text = file.read()
+    assert "CORE metric estimate (tinyworld, at most 4 examples per task)" in text
+    assert "Forecast of the memory, without the process" in text, "beside the outcome"
     assert "The capital of France is" in out and "tinyworld (synthetic" in out
     assert "Tokens : Scaling params ratio" in out
     assert "Attention: scaled_dot_product_attention, windows in blocks" in out
