@@ -242,6 +242,7 @@ class GPT(nn.Module):
         self.compute_dtype = None
         self.rotary_dtype = torch.bfloat16 # how the tables are stored; blanket casts of the model leave it alone
         self.block_fn, self.losses_fn = Block.forward, token_losses # training.compile_model swaps in compiled ones
+        self.recompute = False # True: training keeps the inputs of blocks alone, and makes the rest again when needed
         padded = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
         if padded != config.vocab_size:
             print0(f"Vocabulary padded from {config.vocab_size:,} to {padded:,} rows, "
@@ -367,7 +368,10 @@ class GPT(nn.Module):
         head = self.lm_head.weight[:self.config.vocab_size] # padding rows never take part
         if targets is None:
             return self._logits(self._hidden(idx, kv_cache, Block.forward, bos_id))
-        x = self._hidden(idx, kv_cache, self.block_fn, bos_id)
+        block_fn = self.block_fn
+        if self.recompute and torch.is_grad_enabled(): # nothing is random, so it comes out the same
+            block_fn = functools.partial(checkpoint, block_fn, use_reentrant=False, preserve_rng_state=False)
+        x = self._hidden(idx, kv_cache, block_fn, bos_id)
         x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
         if loss_reduction == "none" or not torch.is_grad_enabled():
             losses_fn = self.losses_fn

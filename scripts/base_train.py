@@ -18,6 +18,7 @@ import math
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
@@ -29,20 +30,24 @@ from nanochat.core_eval import evaluate_model
 from nanochat.dataloader import first_rows, merge_lane_states, pretraining_loader, usable_lanes
 from nanochat.engine import Engine
 from nanochat.flash_attention import describe_backend
-from nanochat.gpt import GPT, config_of_depth
+from nanochat.gpt import GPT, config_of_depth, memory_forecast
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report, is_reported
 from nanochat.tokenizer import get_tokenizer, token_bytes_of
 from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, add_checkpoint_flags, check_loss,
-                               check_weights, compile_model, grad_accum_steps, is_due, lr_multiplier, muon_momentum,
-                               number_problems, peak_flops, refuse_changes, sample_prompts, set_schedule,
-                               training_horizon, try_evaluation)
+                               check_weights, compile_model, fitting_rows, grad_accum_steps, is_due, lr_multiplier,
+                               muon_momentum, number_problems, peak_flops, refuse_changes, sample_prompts,
+                               set_schedule, training_horizon, try_evaluation)
 
 # Flags that change the mathematics of a run: a resumed run must have the saved values, of the first always.
 SHAPE = ("depth", "aspect_ratio", "head_dim")
 FIXED_ON_RESUME = ("max_seq_len", "window_pattern", "num_iterations", "target_flops", "target_param_data_ratio",
                    "total_batch_size", "embedding_lr", "unembedding_lr", "weight_decay", "matrix_lr", "scalar_lr",
                    "adam_beta1", "adam_beta2", "warmup_ratio", "warmdown_ratio", "final_lr_frac", "seed")
+
+
+def rows_or_auto(text):
+    return text if text == "auto" else int(text)
 
 
 def build_parser():
@@ -65,7 +70,10 @@ def build_parser():
     add("--target-param-data-ratio", type=float, default=10.5,
         help="tokens per scaling parameter (block matrices + head, not the embeddings)")
     # optimization
-    add("--device-batch-size", type=int, default=32, help="rows per device and forward pass")
+    add("--device-batch-size", type=rows_or_auto, default=32,
+        help="rows per device and forward pass; auto = as many as fit into the memory")
+    add("--recompute", action="store_true",
+        help="make the activations of blocks again in the backward pass: a third more work, a fraction of the memory")
     add("--total-batch-size", type=int, default=524288, help="tokens per optimizer step, all ranks together")
     add("--lanes", type=int, default=-1, help="data streams: they, not the ranks, decide the order; -1 = one per rank")
     add("--remainders", default="drop", choices=["drop", "requeue"],
@@ -97,8 +105,8 @@ def build_parser():
 
 def check_args(args):
     """All that is wrong with the flags, as sentences."""
-    positive = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "total_batch_size",
-                "eval_tokens")
+    positive = ["depth", "aspect_ratio", "head_dim", "max_seq_len", "total_batch_size", "eval_tokens"]
+    positive += ["device_batch_size"] * (args.device_batch_size != "auto")
     problems = [f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
                 for name in positive if getattr(args, name) < 1]
     if not problems:
@@ -114,8 +122,8 @@ def check_args(args):
 def config_problems(args):
     try:
         build_config(args, vocab_size=1)
-        grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len,
-                         int(os.environ.get("WORLD_SIZE", 1)))
+        rows = 1 if args.device_batch_size == "auto" else args.device_batch_size
+        grad_accum_steps(args.total_batch_size, rows, args.max_seq_len, int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
         return [str(error)]
     return []
@@ -151,6 +159,10 @@ def print_plan(args, model, tokenizer, compute, num_steps):
     micro = args.device_batch_size * args.max_seq_len
     print0(f"Tokens per micro-batch: {micro:,} per rank, {micro * compute.ddp_world_size:,} in all; "
            f"accumulation steps: {args.total_batch_size // (micro * compute.ddp_world_size)}")
+    memory = memory_forecast(config, args.device_batch_size, compute.device.type, model.compute_dtype.itemsize,
+                             compute.ddp_world_size, args.recompute)
+    print0(f"Memory forecast: {memory['peak'] / 2**20:,.0f} MiB per rank, beside the process itself"
+           + ", activations made again (--recompute)" * args.recompute)
     for name, size in sizes.items():
         print0(f"{name:24s}: {size:,}")
     plan = {"Number of parameters": sizes["total"], "Number of FLOPs per token": flops,
@@ -164,9 +176,9 @@ def print_plan(args, model, tokenizer, compute, num_steps):
     return plan
 
 
-def warm_up(model, args, compute):
-    """A forward and backward of the real shapes, for the compiler."""
-    ids = torch.zeros((args.device_batch_size, args.max_seq_len), dtype=torch.long, device=compute.device)
+def warm_up(model, rows):
+    """A forward and backward of the real shapes, for the compiler, or to see whether the memory is enough."""
+    ids = torch.zeros((rows, model.config.sequence_len), dtype=torch.long, device=model.get_device())
     model(ids, ids, loss_reduction="sum").backward()
 
 
@@ -385,6 +397,10 @@ def main(argv=None):
         print0(f"Data set: {label} (synthetic: its scores are not those of the published benchmarks)")
 
     model = build_model(build_config(args, tokenizer.get_vocab_size()), compute, dtype)
+    model.recompute = args.recompute
+    if args.device_batch_size == "auto":
+        args.device_batch_size = fitting_rows(model, grad_accum_steps(
+            args.total_batch_size, 1, args.max_seq_len, compute.ddp_world_size), compute, partial(warm_up, model))
     sizes = model.num_scaling_params()
     num_steps = training_horizon(args, model.estimate_flops(), sizes["transformer_matrices"] + sizes["lm_head"])
     plan = print_plan(args, model, tokenizer, compute, num_steps)
@@ -405,7 +421,7 @@ def main(argv=None):
         return
     accum_steps = grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len,
                                    compute.ddp_world_size)
-    print0(compile_model(model, args.compile, lambda: warm_up(model, args, compute)))
+    print0(compile_model(model, args.compile, lambda: warm_up(model, args.device_batch_size)))
     warn_of_changes((meta or {}).get("lineage", {}), lineage(tokenizer, args, compute, model))
     run = Run(args, compute, tokenizer, model, optimizer, folder, meta, lanes)
     metrics = train(run, batches, num_steps, accum_steps)

@@ -248,6 +248,14 @@ def test_weights_do_not_depend_on_the_device_batch_size(base_dir, monkeypatch):
             torch.testing.assert_close(tensor, one[name], atol=1e-6, rtol=0)
 
 
+def test_an_automatic_micro_batch_keeps_the_step(base_dir, capsys):
+    train("--model-tag=auto", "--num-iterations=1", "--device-batch-size=auto", "--recompute", "--eval-every=-1")
+    out = capsys.readouterr().out
+    assert "Device batch size: 8 rows (auto: forecast" in out and "accumulation steps: 1" in out
+    assert "MiB per rank, beside the process itself, activations made again (--recompute)" in out
+    assert meta(base_dir, "auto", 1)["device_batch_size"] == 8
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--total-batch-size=100"], "must be a multiple of 128 tokens"),
     (["--depth=0"], "--depth must be at least 1"),
