@@ -24,7 +24,7 @@ import torch
 
 from nanochat.checkpoint_manager import (Saver, checkpoint_dir, delete_steps, hold, lineage, load_checkpoint,
                                          step_to_resume, warn_of_changes)
-from nanochat.common import (DTYPES, compute_cleanup, compute_init, dataset_label, get_compute_dtype, init_wandb,
+from nanochat.common import (DTYPES, UserError, compute_cleanup, compute_init, dataset_label, get_compute_dtype, init_wandb,
                              print0, print_banner, run_main)
 from nanochat.core_eval import evaluate_model
 from nanochat.dataloader import first_rows, merge_lane_states, pretraining_loader, usable_lanes
@@ -32,6 +32,7 @@ from nanochat.engine import Engine
 from nanochat.flash_attention import describe_backend
 from nanochat.gpt import GPT, config_of_depth, memory_forecast
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.preflight import check_collectives, check_data, check_disk, check_saving, check_steps, run_checks
 from nanochat.report import get_report, is_reported
 from nanochat.tokenizer import get_tokenizer, token_bytes_of
 from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, add_checkpoint_flags, check_loss,
@@ -53,6 +54,8 @@ def rows_or_auto(text):
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     add = parser.add_argument
+    add("--preflight", nargs="?", const="all", choices=["all", "machine"], help="do not train but check, in two minutes, "
+        "that it will work, and change nothing; machine = without tokenizer and data, before they are there")
     add("--run", default="dummy", help="wandb run name; dummy = no wandb")
     add("--device-type", default="", choices=["", "cuda", "cpu", "mps"], help="empty = the first that is available")
     add("--dtype", default="", choices=["", *DTYPES], help="activation dtype; empty = bfloat16 if the hardware has it")
@@ -144,7 +147,7 @@ def build_model(config, compute, dtype):
     return model
 
 
-def print_plan(args, model, tokenizer, compute, num_steps):
+def print_plan(args, model, compute, num_steps):
     """What will be trained, on what, for how long; returns the same as a dict for the report."""
     config, sizes, flops = model.config, model.num_scaling_params(), model.estimate_flops()
     scaling = sizes["transformer_matrices"] + sizes["lm_head"]
@@ -152,7 +155,7 @@ def print_plan(args, model, tokenizer, compute, num_steps):
     print0(describe_backend(compute.device, model.compute_dtype))
     print0(f"Compute dtype: {str(model.compute_dtype).split('.')[1]}, master weights fp32, "
            f"{torch.get_num_threads()} threads")
-    print0(f"Vocabulary size: {tokenizer.get_vocab_size():,}")
+    print0(f"Vocabulary size: {config.vocab_size:,}")
     print0(f"num_layers: {config.n_layer}")
     print0(f"model_dim: {config.n_embd} (base: {base_dim}, nudge: {config.n_embd - base_dim:+d})")
     print0(f"num_heads: {config.n_head}, head_dim: {args.head_dim}, num_kv_heads: {config.n_kv_head}")
@@ -174,6 +177,48 @@ def print_plan(args, model, tokenizer, compute, num_steps):
         print0(f"{name}: {value:,.2f}" if isinstance(value, float) else f"{name}: {value:,}")
     print0(f"Total training FLOPs: {flops * plan['Number of training tokens']:.3e}")
     return plan
+
+
+def make_model(args, compute, vocab_size):
+    """(the model, its number of optimizer steps); settles an automatic --device-batch-size."""
+    model = build_model(build_config(args, vocab_size), compute, get_compute_dtype(compute.device, args.dtype))
+    model.recompute = args.recompute
+    if args.device_batch_size == "auto":
+        args.device_batch_size = fitting_rows(model, grad_accum_steps(
+            args.total_batch_size, 1, args.max_seq_len, compute.ddp_world_size), compute, partial(warm_up, model))
+    sizes = model.num_scaling_params()
+    return model, training_horizon(args, model.estimate_flops(), sizes["transformer_matrices"] + sizes["lm_head"])
+
+
+def preflight(args):
+    """Take a few real steps of everything, see nanochat/preflight.py; returns the exit code."""
+    compute = compute_init(args.device_type, args.seed)
+    try:
+        tokenizer, problem = get_tokenizer(), None
+    except (OSError, ValueError, UserError) as error:
+        tokenizer, problem = None, error
+    model, num_steps = make_model(args, compute, tokenizer.get_vocab_size() if tokenizer else 32768)
+    print_plan(args, model, compute, num_steps)
+    accum_steps = grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len,
+                                   compute.ddp_world_size)
+    compiled = compile_model(model, args.compile, lambda: warm_up(model, args.device_batch_size))
+    optimizer = build_optimizer(model, args)
+    num_saved = args.keep_last if args.keep_last > 0 else 1 + num_steps // args.save_every * (args.save_every > 0)
+
+    def data():
+        if problem:
+            raise problem
+        return check_data(tokenizer, num_steps * args.total_batch_size, args.remainders == "requeue")
+
+    checks = [("data", data)] * (args.preflight == "all") + [
+        ("collectives", lambda: check_collectives(compute)),
+        ("disk", lambda: check_disk(model.config, num_saved)),
+        ("back end", lambda: f"{describe_backend(compute.device, model.compute_dtype)}; {compiled}"),
+        ("steps", lambda: check_steps(model, optimizer, args.device_batch_size, accum_steps, num_steps, compute)),
+        ("saving", lambda: check_saving(model, optimizer, compute))]
+    failed = run_checks(checks, compute)
+    compute_cleanup()
+    return failed
 
 
 def warm_up(model, rows):
@@ -388,22 +433,17 @@ def main(argv=None):
     if problems := check_args(args):
         parser.error("; ".join(problems))
     print_banner()
+    if args.preflight:
+        sys.exit(preflight(args))
     folder = checkpoint_dir("base", args.model_tag or f"d{args.depth}")
     resume_step = step_to_resume(folder, args.resume, args.overwrite, args.resume_from_step)
     tokenizer = get_tokenizer()
     compute = compute_init(args.device_type, args.seed)
-    dtype = get_compute_dtype(compute.device, args.dtype)
     if label := dataset_label():
         print0(f"Data set: {label} (synthetic: its scores are not those of the published benchmarks)")
 
-    model = build_model(build_config(args, tokenizer.get_vocab_size()), compute, dtype)
-    model.recompute = args.recompute
-    if args.device_batch_size == "auto":
-        args.device_batch_size = fitting_rows(model, grad_accum_steps(
-            args.total_batch_size, 1, args.max_seq_len, compute.ddp_world_size), compute, partial(warm_up, model))
-    sizes = model.num_scaling_params()
-    num_steps = training_horizon(args, model.estimate_flops(), sizes["transformer_matrices"] + sizes["lm_head"])
-    plan = print_plan(args, model, tokenizer, compute, num_steps)
+    model, num_steps = make_model(args, compute, tokenizer.get_vocab_size())
+    plan = print_plan(args, model, compute, num_steps)
     optimizer = build_optimizer(model, args)
     meta = None
     if resume_step is not None:
