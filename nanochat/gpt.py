@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import print0
-from nanochat.flash_attention import document_mask, flash_attn
+from nanochat.flash_attention import document_mask, flash_attn, window_mask
 from nanochat.optim import MuonAdamW
 
 NORM_EPS = 1.1920929e-07 # fp32 machine epsilon, whatever the dtype of the activations
@@ -130,7 +130,7 @@ class CausalSelfAttention(nn.Module):
         ve        (B, T, Hkv * D)      value embeddings of the tokens, or None
         cos_sin   two tables (1 or B, T, 1, D/2), already at the positions of u
         window    (left, right) in positions
-        mask      (B, 1, T, T), added to the scores, with the window in it; or None
+        mask      of flash_attention.document_mask or window_mask, with the window in it; or None
         Returns   (B, T, C)
         """
         B, T, C = u.size()
@@ -341,6 +341,8 @@ class GPT(nn.Module):
             assert kv_cache is None, "packed rows are not cached"
             starts = torch.where(idx == bos_id, torch.arange(idx.size(1), device=idx.device), 0).cummax(1).values
             masks = {window: document_mask(starts, window, dtype) for window in set(self.window_sizes)}
+        elif kv_cache is None and torch.is_grad_enabled():
+            masks = {window: window_mask(idx.size(1), window, idx.device, dtype) for window in set(self.window_sizes)}
         cos_sin = self._rotary_rows(idx.size(1), kv_cache, starts)
         x = x0 = norm(self.transformer.wte(idx).to(dtype))
         for i, block in enumerate(self.transformer.h):

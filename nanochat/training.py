@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from nanochat.common import (UserError, atomic_write, dist_timeout, finite, get_peak_flops, is_ddp_initialized,
                              is_ddp_requested, print0)
+from nanochat.flash_attention import load_kernels
 from nanochat.gpt import Block, memory_forecast, token_losses
 
 # What a base model is asked to continue, to see at a glance what it has learned.
@@ -202,6 +203,7 @@ def compile_model(model, mode, warm_up):
     if mode == "off":
         return "Compile: off (--compile off)"
     start = time.time()
+    load_kernels()
     model.block_fn = torch.compile(Block.forward, dynamic=False)
     model.losses_fn = torch.compile(token_losses, dynamic=False)
     try:
