@@ -74,8 +74,8 @@ def main(argv=None):
     print(f"{len(lengths):,} documents, {statistics.mean(lengths):.0f} tokens on average, {max(lengths):,} at most")
     ratios, shares = {}, {}
     for T in args.seq_lens:
-        turns = [(pack(BestFitBuffer(), lengths, T + 1, args.rows), pack(Scan(), lengths, T + 1, max(1, args.rows // 20)))
-                 for _ in range(args.turns)]
+        turns = [(pack(BestFitBuffer(), lengths, T + 1, args.rows),
+                  pack(Scan(), lengths, T + 1, max(1, args.rows // 20))) for _ in range(args.turns)]
         ours, scan = (statistics.median(turn[i][0] for turn in turns) for i in (0, 1))
         ratios[T], shares[T] = scan / ours, turns[0][0][1]
         loader = pretraining_loader(tokenizer, 16, T, "train", tokenizer_threads=2, device="cpu")

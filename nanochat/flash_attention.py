@@ -3,11 +3,13 @@ Causal attention behind one contract: all back ends, with or without KV cache, w
 
     flash_attn.flash_attn_func(q, k, v, causal, window_size)
     flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, causal, window_size)
-    flash_attn.masked_attn_func(q, k, v, mask)     FA3 takes no mask: SDPA on every device
+    flash_attn.masked_attn_func(q, k, v, mask)     a mask of document_mask or window_mask: FA3 takes none
 
 Layouts are those of FlashAttention-3 (Shah et al. 2024, https://arxiv.org/abs/2407.08608): (B, T, heads, D). A window
 (left, right) lets a query at position p see keys p-left .. p+right; -1 = unlimited. FA3 runs on Hopper GPUs in bf16 or
-fp16; everywhere else torch's scaled_dot_product_attention does. The choice is made per call, from device and dtype.
+fp16; on other CUDA devices FlexAttention (Dong et al. 2024, https://arxiv.org/abs/2412.05496) takes the windows of
+training, and on all of them packed documents; everywhere else torch's scaled_dot_product_attention does, windows in
+blocks. The choice is made per call, from device and dtype.
 """
 import functools
 import logging
@@ -25,9 +27,23 @@ FA3_KERNEL = "varunneal/flash-attention-3" # hub repository of the prebuilt kern
 FA3_REVISION = "main" # the kernels package wants one to be named
 
 
-@functools.cache
+_kernels = {} # "fa3", "flex": what was found, or None. A plain dict, because torch.compile looks through it
+
+
+def load_kernels():
+    """Look for the kernels now, for those who compile next: the compiler must not trace the search."""
+    _load_fa3()
+    _load_flex()
+
+
 def _load_fa3():
     """The FA3 module, or None with the reason logged once. Fetches from the hub, so only when first needed."""
+    if "fa3" not in _kernels:
+        _kernels["fa3"] = _find_fa3()
+    return _kernels["fa3"]
+
+
+def _find_fa3():
     if not torch.cuda.is_available():
         return None
     if torch.cuda.get_device_capability()[0] != 9: # built for Hopper: neither Ampere nor Blackwell can run it
@@ -41,6 +57,34 @@ def _load_fa3():
         return None
 
 
+def _load_flex():
+    """FlexAttention, compiled (it has no other fast form) and tried once, or None with the reason logged once."""
+    if "flex" not in _kernels:
+        _kernels["flex"] = _find_flex()
+    return _kernels["flex"]
+
+
+def _find_flex():
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from torch.nn.attention.flex_attention import flex_attention
+        flex, q = torch.compile(flex_attention, dynamic=False), torch.ones(1, 1, 256, 64, device="cuda").bfloat16()
+        q.requires_grad_()
+        flex(q, q, q, block_mask=_block_mask(256, 64, q.device)).sum().backward()
+        return flex
+    except Exception as error: # no Triton, no compiler, a device it does not know: the fallback computes the same
+        logger.warning(f"FlexAttention is not used, SDPA is: {type(error).__name__}: {error}")
+        return None
+
+
+def _use_flex(device, dtype):
+    """Does FlexAttention run masks on this device?"""
+    if _override_impl == "flex":
+        return True
+    return _override_impl is None and device.type == "cuda" and dtype != torch.float64 and _load_flex() is not None
+
+
 def __getattr__(name):
     if name == "HAS_FA3": # evaluated when asked for: importing this module must not touch the network
         return _load_fa3() is not None
@@ -49,7 +93,7 @@ def __getattr__(name):
 
 def _use_fa3(q=None):
     """Does FA3 run this call? Without `q`: would it, for bf16 tensors on the GPU?"""
-    if _override_impl == "sdpa":
+    if _override_impl in ("sdpa", "flex"):
         return False
     if _override_impl == "fa3":
         if _load_fa3() is None:
@@ -62,10 +106,12 @@ def _use_fa3(q=None):
 
 def describe_backend(device, dtype):
     """One sentence for the start of a run: which back end attention uses here, and why."""
-    if torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _use_fa3():
-        return "Attention: FlashAttention-3"
-    return ("Attention: scaled_dot_product_attention, windows in blocks "
-            "(FlashAttention-3 needs a Hopper GPU, its kernel, and bf16)")
+    device, why = torch.device(device), "FlashAttention-3 needs a Hopper GPU, its kernel, and bf16"
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _use_fa3():
+        return "Attention: FlashAttention-3 (a Hopper GPU, its kernel, and bf16)"
+    if _use_flex(device, dtype):
+        return f"Attention: scaled_dot_product_attention, and for windows FlexAttention ({why})"
+    return f"Attention: scaled_dot_product_attention, windows in blocks ({why})"
 
 # -----------------------------------------------------------------------------
 # The two functions of the contract
@@ -115,7 +161,14 @@ def _flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=
 
 
 def _masked_attn_func(q, k, v, mask):
-    """As `_flash_attn_func` on T = Tk positions, under a causal mask (B, 1, T, T) that is added to the scores."""
+    """
+    As `_flash_attn_func` on T = Tk positions, under a causal mask of `document_mask` or `window_mask`.
+
+    That is a tensor (B, 1, T, T) which is added to the scores, or a BlockMask of FlexAttention.
+    """
+    if not torch.is_tensor(mask):
+        return _kernels["flex"](q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask,
+                                enable_gqa=q.size(2) != k.size(2)).transpose(1, 2)
     if _use_products(q, -1):
         return _products_in_blocks(q, k, v, -1, mask)
     num_copies = q.size(2) // k.size(2) # copied: on CUDA no kernel but the slow one takes both a mask and fewer k heads
@@ -128,11 +181,37 @@ def document_mask(starts, window_size, dtype):
     The mask under which the documents of packed rows do not see each other.
 
     starts    (B, T) integers: the index in its row at which the document of a position begins
-    Returns   (B, 1, T, T) of `dtype`, that of the queries: 0 where a query may look, causal and windowed, else -inf
+    Returns   (B, 1, T, T) of `dtype`, that of the queries: 0 where a query may look, causal and windowed, else -inf;
+              a BlockMask where FlexAttention runs, which knows blocks of 128 x 128 that need no look
     """
     T, device = starts.size(1), starts.device
+    if _use_flex(device, dtype):
+        return _block_mask(T, window_size[0], device, starts)
     visible = (starts[:, :, None] == starts[:, None, :]) & _window_mask(T, T, 0, window_size[0], 0, device)
     return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)[:, None]
+
+
+def window_mask(T, window_size, device, dtype):
+    """The mask with which FlexAttention trains a causal window; None: `flash_attn_func` is at least as good there."""
+    if not 0 <= window_size[0] < T - 1 or not _use_flex(device, dtype) or (dtype != torch.float32 and _use_fa3()):
+        return None
+    return _cached_block_mask(T, window_size[0], device)
+
+
+def _block_mask(T, left, device, starts=None):
+    from torch.nn.attention.flex_attention import create_block_mask
+    left = T if left < 0 else left
+
+    def in_window(b, h, query, key):
+        return (key <= query) & (query - key <= left)
+
+    def in_document(b, h, query, key):
+        return in_window(b, h, query, key) & (starts[b, query] == starts[b, key])
+    rows, visible = (None, in_window) if starts is None else (starts.size(0), in_document)
+    return create_block_mask(visible, rows, None, T, T, device=device)
+
+
+_cached_block_mask = functools.lru_cache(maxsize=8)(_block_mask) # the same at each step
 
 
 flash_attn = SimpleNamespace(flash_attn_func=_flash_attn_func, flash_attn_with_kvcache=_flash_attn_with_kvcache,

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import print0
-from nanochat.flash_attention import document_mask, flash_attn
+from nanochat.flash_attention import document_mask, flash_attn, window_mask
 from nanochat.optim import MuonAdamW
 
 NORM_EPS = 1.1920929e-07 # fp32 machine epsilon, whatever the dtype of the activations
@@ -130,7 +130,7 @@ class CausalSelfAttention(nn.Module):
         ve        (B, T, Hkv * D)      value embeddings of the tokens, or None
         cos_sin   two tables (1 or B, T, 1, D/2), already at the positions of u
         window    (left, right) in positions
-        mask      (B, 1, T, T), added to the scores, with the window in it; or None
+        mask      of flash_attention.document_mask or window_mask, with the window in it; or None
         Returns   (B, T, C)
         """
         B, T, C = u.size()
@@ -251,6 +251,7 @@ class GPT(nn.Module):
         self.compute_dtype = None
         self.rotary_dtype = torch.bfloat16 # how the tables are stored; blanket casts of the model leave it alone
         self.block_fn, self.losses_fn = Block.forward, token_losses # training.compile_model swaps in compiled ones
+        self.recompute = False # True: training keeps the inputs of blocks alone, and makes the rest again when needed
         padded = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
         if padded != config.vocab_size:
             print0(f"Vocabulary padded from {config.vocab_size:,} to {padded:,} rows, "
@@ -349,6 +350,8 @@ class GPT(nn.Module):
             assert kv_cache is None, "packed rows are not cached"
             starts = torch.where(idx == bos_id, torch.arange(idx.size(1), device=idx.device), 0).cummax(1).values
             masks = {window: document_mask(starts, window, dtype) for window in set(self.window_sizes)}
+        elif kv_cache is None and torch.is_grad_enabled():
+            masks = {window: window_mask(idx.size(1), window, idx.device, dtype) for window in set(self.window_sizes)}
         cos_sin = self._rotary_rows(idx.size(1), kv_cache, starts)
         x = x0 = norm(self.transformer.wte(idx).to(dtype))
         for i, block in enumerate(self.transformer.h):
@@ -376,7 +379,10 @@ class GPT(nn.Module):
         head = self.lm_head.weight[:self.config.vocab_size] # padding rows never take part
         if targets is None:
             return self._logits(self._hidden(idx, kv_cache, Block.forward, bos_id))
-        x = self._hidden(idx, kv_cache, self.block_fn, bos_id)
+        block_fn = self.block_fn
+        if self.recompute and torch.is_grad_enabled(): # nothing is random, so it comes out the same
+            block_fn = functools.partial(checkpoint, block_fn, use_reentrant=False, preserve_rng_state=False)
+        x = self._hidden(idx, kv_cache, block_fn, bos_id)
         x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
         if loss_reduction == "none" or not torch.is_grad_enabled():
             losses_fn = self.losses_fn

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from nanochat.common import (UserError, atomic_write, dist_timeout, finite, get_peak_flops, is_ddp_initialized,
                              is_ddp_requested, print0)
-from nanochat.gpt import Block, token_losses
+from nanochat.flash_attention import load_kernels
+from nanochat.gpt import Block, memory_forecast, token_losses
 
 # What a base model is asked to continue, to see at a glance what it has learned.
 SAMPLE_PROMPTS = [
@@ -55,6 +56,59 @@ def grad_accum_steps(total_batch_size, device_batch_size, seq_len, world_size):
             f"(--device-batch-size {device_batch_size} x --max-seq-len {seq_len} x {world_size} ranks), "
             f"got {total_batch_size:,}; nearest: {max(1, round(total_batch_size / tokens)) * tokens:,}")
     return total_batch_size // tokens
+
+
+MOST_TOKENS = {"cuda": 1 << 16} # of a micro-batch: from here on more rows save no time (elsewhere 2^14)
+
+
+def available_memory(compute):
+    """Bytes that this rank can still allocate: of its GPU, else its share of the machine's."""
+    if compute.device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(compute.device) - torch.cuda.memory_allocated(compute.device)
+        return torch.cuda.mem_get_info(compute.device)[0] + reserved
+    import psutil
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def fitting_rows(model, rows_per_step, compute, probe):
+    """
+    The most rows of a micro-batch that the memory of every rank allows, a divisor of `rows_per_step`; prints why.
+
+    model          on its device, before the first step: its weights are there, nothing else is
+    rows_per_step  rows of one rank in an optimizer step
+    probe          is called with a number of rows, for a forward and backward of theirs
+    A size is tried when `memory_forecast` says that it takes at most 0.9 of what is free, and taken when the probe
+    does not run out of memory. Raises UserError when not even one row fits.
+    """
+    most, free = MOST_TOKENS.get(compute.device.type, 1 << 14) // model.config.sequence_len, available_memory(compute)
+    for rows in [n for n in range(max(1, min(most, rows_per_step)), 0, -1) if rows_per_step % n == 0]:
+        parts = memory_forecast(model.config, rows, compute.device.type, model.compute_dtype.itemsize,
+                                compute.ddp_world_size, model.recompute)
+        need = parts["peak"] - parts["weights"]
+        lacks = need > 0.9 * free or _runs_out(model, probe, rows, free - parts["optimizer state"])
+        if not compute.all_reduce(int(lacks), op="max")[0]:
+            print0(f"Device batch size: {rows} rows (auto: forecast {need / 2**20:,.0f} MiB beside the weights, "
+                   f"free are {free / 2**20:,.0f} MiB)")
+            return rows
+    raise UserError(f"one row of {model.config.sequence_len} tokens needs {need / 2**20:,.0f} MiB beside the weights, "
+                    f"but {free / 2**20:,.0f} MiB are free: pass --recompute, or lower --max-seq-len or --depth")
+
+
+def _runs_out(model, probe, rows, room):
+    """Does a forward and backward of so many rows run out of memory, or on a GPU take more than `room` bytes?"""
+    on_gpu = model.get_device().type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    try:
+        probe(rows)
+        return on_gpu and torch.cuda.max_memory_allocated() - before > room
+    except torch.OutOfMemoryError:
+        return True
+    finally:
+        model.zero_grad(set_to_none=True)
+        if on_gpu:
+            torch.cuda.empty_cache()
 
 
 def training_horizon(args, flops_per_token, scaling_params):
@@ -150,6 +204,7 @@ def compile_model(model, mode, warm_up):
     if mode == "off":
         return "Compile: off (--compile off)"
     start = time.time()
+    load_kernels()
     model.block_fn = torch.compile(Block.forward, dynamic=False)
     model.losses_fn = torch.compile(token_losses, dynamic=False)
     try:

@@ -74,6 +74,9 @@ most=$((32 / NNODES))           # 32 rows x 2,048 tokens x 8 GPUs of one node ar
 if [[ "$NNODES" -gt 1 && "$device_batch_size" -gt "$most" ]]; then device_batch_size="$most"; fi
 chat=(--run="$WANDB_RUN" --model-tag="$TAG" --resume --save-every=200)
 
+# Two minutes that find what would fail later: memory, disk, compiler, network between the ranks.
+stage preflight "${train[@]}" scripts.base_train -- --preflight=machine --depth="$DEPTH" --device-batch-size="$device_batch_size" \
+    --target-param-data-ratio=20 --save-every=2000
 stage report-reset python -m nanochat.report reset
 
 # The tokenizer reads 2e9 characters, 8 shards of 250M. Pretraining of d20 needs 8.7B tokens (ratio 20) x 4.8 characters, 167

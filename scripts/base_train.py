@@ -18,12 +18,13 @@ import math
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
 from nanochat.checkpoint_manager import (Saver, checkpoint_dir, delete_steps, hold, lineage, load_checkpoint,
                                          step_to_resume, warn_of_changes)
-from nanochat.common import (DTYPES, compute_cleanup, compute_init, dataset_label, get_compute_dtype, init_wandb,
+from nanochat.common import (DTYPES, UserError, compute_cleanup, compute_init, dataset_label, get_compute_dtype, init_wandb,
                              print0, print_banner, run_main)
 from nanochat.core_eval import evaluate_model
 from nanochat.dataloader import first_rows, merge_lane_states, pretraining_loader, usable_lanes
@@ -32,12 +33,13 @@ from nanochat.flash_attention import describe_backend
 from nanochat.forecast import forecast_of_run
 from nanochat.gpt import GPT, config_of_depth, memory_forecast
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.preflight import check_collectives, check_data, check_disk, check_saving, check_steps, run_checks
 from nanochat.report import get_report, is_reported
 from nanochat.tokenizer import get_tokenizer, token_bytes_of
 from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, add_checkpoint_flags, check_loss,
-                               check_weights, compile_model, grad_accum_steps, is_due, lr_multiplier, muon_momentum,
-                               number_problems, peak_flops, peak_memory_mib, refuse_changes, sample_prompts,
-                               set_schedule, training_horizon, try_evaluation)
+                               check_weights, compile_model, fitting_rows, grad_accum_steps, is_due, lr_multiplier,
+                               muon_momentum, number_problems, peak_flops, peak_memory_mib, refuse_changes,
+                               sample_prompts, set_schedule, training_horizon, try_evaluation)
 
 # Flags that change the mathematics of a run: a resumed run must have the saved values, of the first always.
 SHAPE = ("depth", "aspect_ratio", "head_dim")
@@ -46,9 +48,15 @@ FIXED_ON_RESUME = ("max_seq_len", "window_pattern", "num_iterations", "target_fl
                    "adam_beta1", "adam_beta2", "warmup_ratio", "warmdown_ratio", "final_lr_frac", "seed")
 
 
+def rows_or_auto(text):
+    return text if text == "auto" else int(text)
+
+
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     add = parser.add_argument
+    add("--preflight", nargs="?", const="all", choices=["all", "machine"], help="do not train but check, in two minutes, "
+        "that it will work, and change nothing; machine = without tokenizer and data, before they are there")
     add("--run", default="dummy", help="wandb run name; dummy = no wandb")
     add("--device-type", default="", choices=["", "cuda", "cpu", "mps"], help="empty = the first that is available")
     add("--dtype", default="", choices=["", *DTYPES], help="activation dtype; empty = bfloat16 if the hardware has it")
@@ -66,7 +74,10 @@ def build_parser():
     add("--target-param-data-ratio", type=float, default=10.5,
         help="tokens per scaling parameter (block matrices + head, not the embeddings)")
     # optimization
-    add("--device-batch-size", type=int, default=32, help="rows per device and forward pass")
+    add("--device-batch-size", type=rows_or_auto, default=32,
+        help="rows per device and forward pass; auto = as many as fit into the memory")
+    add("--recompute", action="store_true",
+        help="make the activations of blocks again in the backward pass: a third more work, a fraction of the memory")
     add("--total-batch-size", type=int, default=524288, help="tokens per optimizer step, all ranks together")
     add("--lanes", type=int, default=-1, help="data streams: they, not the ranks, decide the order; -1 = one per rank")
     add("--remainders", default="drop", choices=["drop", "requeue"],
@@ -98,8 +109,8 @@ def build_parser():
 
 def check_args(args):
     """All that is wrong with the flags, as sentences."""
-    positive = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "total_batch_size",
-                "eval_tokens")
+    positive = ["depth", "aspect_ratio", "head_dim", "max_seq_len", "total_batch_size", "eval_tokens"]
+    positive += ["device_batch_size"] * (args.device_batch_size != "auto")
     problems = [f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
                 for name in positive if getattr(args, name) < 1]
     if not problems:
@@ -115,8 +126,8 @@ def check_args(args):
 def config_problems(args):
     try:
         build_config(args, vocab_size=1)
-        grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len,
-                         int(os.environ.get("WORLD_SIZE", 1)))
+        rows = 1 if args.device_batch_size == "auto" else args.device_batch_size
+        grad_accum_steps(args.total_batch_size, rows, args.max_seq_len, int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
         return [str(error)]
     return []
@@ -137,7 +148,7 @@ def build_model(config, compute, dtype):
     return model
 
 
-def print_plan(args, model, tokenizer, compute, num_steps):
+def print_plan(args, model, compute, num_steps):
     """What will be trained, on what, for how long; returns the same as a dict for the report."""
     config, sizes, flops = model.config, model.num_scaling_params(), model.estimate_flops()
     scaling = sizes["transformer_matrices"] + sizes["lm_head"]
@@ -145,13 +156,17 @@ def print_plan(args, model, tokenizer, compute, num_steps):
     print0(describe_backend(compute.device, model.compute_dtype))
     print0(f"Compute dtype: {str(model.compute_dtype).split('.')[1]}, master weights fp32, "
            f"{torch.get_num_threads()} threads")
-    print0(f"Vocabulary size: {tokenizer.get_vocab_size():,}")
+    print0(f"Vocabulary size: {config.vocab_size:,}")
     print0(f"num_layers: {config.n_layer}")
     print0(f"model_dim: {config.n_embd} (base: {base_dim}, nudge: {config.n_embd - base_dim:+d})")
     print0(f"num_heads: {config.n_head}, head_dim: {args.head_dim}, num_kv_heads: {config.n_kv_head}")
     micro = args.device_batch_size * args.max_seq_len
     print0(f"Tokens per micro-batch: {micro:,} per rank, {micro * compute.ddp_world_size:,} in all; "
            f"accumulation steps: {args.total_batch_size // (micro * compute.ddp_world_size)}")
+    memory = memory_forecast(config, args.device_batch_size, compute.device.type, model.compute_dtype.itemsize,
+                             compute.ddp_world_size, args.recompute)
+    print0(f"Memory forecast: {memory['peak'] / 2**20:,.0f} MiB per rank, beside the process itself"
+           + ", activations made again (--recompute)" * args.recompute)
     for name, size in sizes.items():
         print0(f"{name:24s}: {size:,}")
     plan = {"Number of parameters": sizes["total"], "Number of FLOPs per token": flops,
@@ -165,9 +180,51 @@ def print_plan(args, model, tokenizer, compute, num_steps):
     return plan
 
 
-def warm_up(model, args, compute):
-    """A forward and backward of the real shapes, for the compiler."""
-    ids = torch.zeros((args.device_batch_size, args.max_seq_len), dtype=torch.long, device=compute.device)
+def make_model(args, compute, vocab_size):
+    """(the model, its number of optimizer steps); settles an automatic --device-batch-size."""
+    model = build_model(build_config(args, vocab_size), compute, get_compute_dtype(compute.device, args.dtype))
+    model.recompute = args.recompute
+    if args.device_batch_size == "auto":
+        args.device_batch_size = fitting_rows(model, grad_accum_steps(
+            args.total_batch_size, 1, args.max_seq_len, compute.ddp_world_size), compute, partial(warm_up, model))
+    sizes = model.num_scaling_params()
+    return model, training_horizon(args, model.estimate_flops(), sizes["transformer_matrices"] + sizes["lm_head"])
+
+
+def preflight(args):
+    """Take a few real steps of everything, see nanochat/preflight.py; returns the exit code."""
+    compute = compute_init(args.device_type, args.seed)
+    try:
+        tokenizer, problem = get_tokenizer(), None
+    except (OSError, ValueError, UserError) as error:
+        tokenizer, problem = None, error
+    model, num_steps = make_model(args, compute, tokenizer.get_vocab_size() if tokenizer else 32768)
+    print_plan(args, model, compute, num_steps)
+    accum_steps = grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len,
+                                   compute.ddp_world_size)
+    compiled = compile_model(model, args.compile, lambda: warm_up(model, args.device_batch_size))
+    optimizer = build_optimizer(model, args)
+    num_saved = args.keep_last if args.keep_last > 0 else 1 + num_steps // args.save_every * (args.save_every > 0)
+
+    def data():
+        if problem:
+            raise problem
+        return check_data(tokenizer, num_steps * args.total_batch_size, args.remainders == "requeue")
+
+    checks = [("data", data)] * (args.preflight == "all") + [
+        ("collectives", lambda: check_collectives(compute)),
+        ("disk", lambda: check_disk(model.config, num_saved)),
+        ("back end", lambda: f"{describe_backend(compute.device, model.compute_dtype)}; {compiled}"),
+        ("steps", lambda: check_steps(model, optimizer, args.device_batch_size, accum_steps, num_steps, compute)),
+        ("saving", lambda: check_saving(model, optimizer, compute))]
+    failed = run_checks(checks, compute)
+    compute_cleanup()
+    return failed
+
+
+def warm_up(model, rows):
+    """A forward and backward of the real shapes, for the compiler, or to see whether the memory is enough."""
+    ids = torch.zeros((rows, model.config.sequence_len), dtype=torch.long, device=model.get_device())
     model(ids, ids, loss_reduction="sum").backward()
 
 
@@ -377,18 +434,17 @@ def main(argv=None):
     if problems := check_args(args):
         parser.error("; ".join(problems))
     print_banner()
+    if args.preflight:
+        sys.exit(preflight(args))
     folder = checkpoint_dir("base", args.model_tag or f"d{args.depth}")
     resume_step = step_to_resume(folder, args.resume, args.overwrite, args.resume_from_step)
     tokenizer = get_tokenizer()
     compute = compute_init(args.device_type, args.seed)
-    dtype = get_compute_dtype(compute.device, args.dtype)
     if label := dataset_label():
         print0(f"Data set: {label} (synthetic: its scores are not those of the published benchmarks)")
 
-    model = build_model(build_config(args, tokenizer.get_vocab_size()), compute, dtype)
-    sizes = model.num_scaling_params()
-    num_steps = training_horizon(args, model.estimate_flops(), sizes["transformer_matrices"] + sizes["lm_head"])
-    plan = print_plan(args, model, tokenizer, compute, num_steps)
+    model, num_steps = make_model(args, compute, tokenizer.get_vocab_size())
+    plan = print_plan(args, model, compute, num_steps)
     optimizer = build_optimizer(model, args)
     meta = None
     if resume_step is not None:
@@ -406,7 +462,7 @@ def main(argv=None):
         return
     accum_steps = grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len,
                                    compute.ddp_world_size)
-    print0(compile_model(model, args.compile, lambda: warm_up(model, args, compute)))
+    print0(compile_model(model, args.compile, lambda: warm_up(model, args.device_batch_size)))
     warn_of_changes((meta or {}).get("lineage", {}), lineage(tokenizer, args, compute, model))
     run = Run(args, compute, tokenizer, model, optimizer, folder, meta, lanes)
     metrics = train(run, batches, num_steps, accum_steps)

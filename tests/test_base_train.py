@@ -1,6 +1,8 @@
 """Pretraining as a user runs it: on real files, interrupted, resumed, and with mistakes."""
+import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -248,6 +250,49 @@ def test_weights_do_not_depend_on_the_device_batch_size(base_dir, monkeypatch):
     for size in (4, 8):
         for name, tensor in weights(base_dir, f"micro{size}", 20).items():
             torch.testing.assert_close(tensor, one[name], atol=1e-6, rtol=0)
+
+
+def test_an_automatic_micro_batch_keeps_the_step(base_dir, capsys):
+    train("--model-tag=auto", "--num-iterations=1", "--device-batch-size=auto", "--recompute", "--eval-every=-1")
+    out = capsys.readouterr().out
+    assert "Device batch size: 8 rows (auto: forecast" in out and "accumulation steps: 1" in out
+    assert "MiB per rank, beside the process itself, activations made again (--recompute)" in out
+    assert meta(base_dir, "auto", 1)["device_batch_size"] == 8
+
+
+def preflight(*flags):
+    with pytest.raises(SystemExit) as ended:
+        train("--num-iterations=3", "--preflight", *flags)
+    return ended.value.code
+
+
+def test_preflight_checks_all_and_leaves_nothing(base_dir, capsys):
+    before = sorted(os.walk(base_dir))
+    assert preflight() == 0 and sorted(os.walk(base_dir)) == before
+    out = capsys.readouterr().out
+    lines = [line.split(":")[0] for line in out.splitlines() if line.startswith(("ok ", "FAILED "))]
+    assert lines == [f"ok     {name}" for name in ("data", "collectives", "disk", "back end", "steps", "saving")]
+    assert "training shards, about" in out and "tokens/s" in out and "Preflight: all is ready" in out
+
+
+def test_preflight_names_what_fails(base_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: argparse.Namespace(free=1))
+    monkeypatch.setattr(torch, "save", lambda data, file: file.write(b"lost"))
+    assert preflight() == 1
+    out = capsys.readouterr().out
+    assert "FAILED disk: rank 0: UserError: 1 checkpoints need" in out and "FAILED saving: rank 0: " in out
+    assert "Preflight: disk, saving FAILED" in out
+    monkeypatch.undo()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    assert preflight() == 1 and "tok_train" in capsys.readouterr().out
+    assert preflight("--preflight=machine") == 0 and os.listdir(tmp_path) == []
+
+
+def test_preflight_asks_for_the_shards_that_are_missing(base_dir, monkeypatch, capsys):
+    monkeypatch.setattr("nanochat.preflight.NAME", "tinyworld")
+    assert preflight("--num-iterations=100000") == 1
+    assert re.search(r"FAILED data: .* training shards, .*: run `python -m nanochat.dataset -n \d+`",
+                     capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -234,7 +234,7 @@ def test_fa3_loads_on_hopper_only(monkeypatch, capability, wanted):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     kernel = SimpleNamespace(flash_attn_interface=FakeKernel())
     monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=lambda *args, **kwargs: kernel))
-    assert (fa._load_fa3.__wrapped__() is kernel.flash_attn_interface) is wanted
+    assert (fa._find_fa3() is kernel.flash_attn_interface) is wanted
 
 
 def test_a_kernel_that_cannot_be_loaded_says_why(monkeypatch, caplog):
@@ -244,19 +244,61 @@ def test_a_kernel_that_cannot_be_loaded_says_why(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=broken))
-    assert fa._load_fa3.__wrapped__() is None
+    assert fa._find_fa3() is None
     assert "SDPA is: OSError: no network" in caplog.text
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("window", [(-1, -1), (32, 0)])
-def test_fa3_equals_sdpa_on_a_hopper_gpu(override, window):
-    if not fa.HAS_FA3:
-        pytest.skip("FlashAttention-3 is not available on this GPU")
-    q, k, v = (torch.randn(2, 128, 4, 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    override("fa3")
-    fast = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window)
-    override("sdpa")
-    exact = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window)
-    torch.testing.assert_close(fast, exact, atol=1e-2, rtol=1e-2)
+@pytest.fixture
+def flex(monkeypatch, override):
+    """FlexAttention itself, in the slow form that runs on a CPU; its calls are counted."""
+    from torch.nn.attention.flex_attention import flex_attention
+    calls = []
+    monkeypatch.setitem(fa._kernels, "flex", lambda *args, **kwargs: calls.append(1) or flex_attention(*args, **kwargs))
+    override("flex")
+    return calls
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("left", [0, 2, 100, 150])
+@pytest.mark.parametrize("num_kv_heads", [4, 1])
+def test_flex_attention_sees_the_same_windows_and_documents(flex, left, num_kv_heads):
+    q, k, v = (x.float() for x in qkv(Tq=200, Tk=200, K=num_kv_heads, D=16))
+    starts = torch.tensor([[0] * 200, [0] * 130 + [130] * 70])
+    masks = [fa.window_mask(200, (left, 0), q.device, q.dtype), fa.document_mask(starts, (left, 0), q.dtype)]
+    found = [flash_attn.masked_attn_func(q, k, v, mask) for mask in masks]
+    fa._override_impl = "sdpa"
+    wanted = [flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0)),
+              flash_attn.masked_attn_func(q, k, v, fa.document_mask(starts, (left, 0), q.dtype))]
+    assert len(flex) == 2
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_model_hands_its_windows_to_flex_attention_in_training_alone(flex):
+    from nanochat.gpt import GPT, GPTConfig
+    model = GPT(GPTConfig(64, 50, 4, 2, 2, 32, "SSL"))
+    model.init_weights()
+    ids = torch.randint(50, (2, 64))
+    for p in model.parameters():
+        p.requires_grad_(False) # on a CPU it has no backward
+    loss = model(ids, ids)
+    assert len(flex) == 2, "the windowed layers, not those that see all"
+    with torch.no_grad():
+        assert torch.allclose(model(ids, ids), loss, atol=1e-5) and len(flex) == 2
+
+
+def test_flex_attention_stays_out_where_it_has_no_use(override):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert not fa._use_flex(cpu, torch.bfloat16) and fa.window_mask(64, (8, 0), cpu, torch.bfloat16) is None
+    fa._kernels.update(flex=flash_attn, fa3=None)
+    try:
+        assert fa._use_flex(gpu, torch.bfloat16) and not fa._use_flex(gpu, torch.float64)
+        assert "for windows FlexAttention" in fa.describe_backend("cuda", torch.bfloat16)
+        fa._kernels["fa3"] = flash_attn
+        assert "FlashAttention-3 (a Hopper" in fa.describe_backend("cuda", torch.bfloat16)
+        assert fa.window_mask(64, (8, 0), gpu, torch.bfloat16) is None, "FA3 has windows of its own"
+        override("sdpa")
+        assert not fa._use_flex(gpu, torch.bfloat16)
+    finally:
+        fa._kernels.clear()

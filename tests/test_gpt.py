@@ -462,3 +462,23 @@ def test_the_memory_forecast_adds_up_what_is_alive_at_once():
     assert again["activations"] < alone["activations"] / 4 and again["peak"] < alone["peak"]
     assert alone["peak"] == sum(size for name, size in alone.items() if name not in ("peak", "optimizer step"))
     assert memory_forecast(config_of_depth(32), 1)["peak"] > 2 * memory_forecast(config_of_depth(20), 1)["peak"]
+
+
+@pytest.mark.parametrize("bos_id", [None, 1])
+def test_recomputing_changes_neither_the_loss_nor_the_gradients(bos_id):
+    config = GPTConfig(128, 64, 4, 4, 2, 32, "SL")
+    model = GPT(config)
+    model.rotary_dtype = torch.float64
+    model.init_weights()
+    model.double()
+    for p in model.parameters(): # no zeros, behind which an error could hide
+        torch.nn.init.normal_(p, std=0.3)
+    ids, kept = torch.randint(64, (2, 128)), []
+    for model.recompute in (False, True):
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: sizes.setdefault(x.untyped_storage().data_ptr(), x) is None or x, lambda x: x):
+            loss = model(ids, ids.roll(-1, 1), bos_id=bos_id)
+        kept.append((loss, torch.autograd.grad(loss, tuple(model.parameters())), sum(x.nbytes for x in sizes.values())))
+    (loss, grads, size), (again, grads_again, size_again) = kept
+    assert torch.equal(loss, again) and all(map(torch.equal, grads, grads_again)) and size_again < size / 2

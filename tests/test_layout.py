@@ -19,7 +19,7 @@ FLOORS = [ # of nanochat; imports at the top of a file point to a lower floor
     {"optim", "flash_attention", "execution", "loss_eval"},
     {"gpt", "engine", "tokenizer", "dataset", "core_eval", "task_eval", "report"},
     {"checkpoint_manager", "chat", "dataloader", "hf_model", "training"},
-    {"serving", "chat_training", "forecast"},
+    {"serving", "chat_training", "forecast", "preflight"},
 ]
 HEAVY = {"pyarrow", "datasets", "transformers", "wandb", "pandas", "matplotlib", "tiktoken", "rustbpe", "tokenizers",
          "requests", "tqdm", "psutil", "kernels", "uvicorn", "fastapi", "prometheus_client"}

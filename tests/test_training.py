@@ -13,9 +13,9 @@ import torch.multiprocessing as mp
 
 from nanochat import training
 from nanochat.common import Compute, UserError, compute_init
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, memory_forecast
 from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, check_loss, check_weights,
-                               compile_model, grad_accum_steps, is_due, lr_multiplier, muon_momentum, refuse_changes,
+                               compile_model, fitting_rows, grad_accum_steps, is_due, lr_multiplier, muon_momentum, refuse_changes,
                                set_schedule, training_horizon, try_evaluation)
 
 ONE_RANK = Compute(False, 0, 0, 1, torch.device("cpu"))
@@ -72,6 +72,30 @@ def test_horizon_precedence(flags, steps):
     args = argparse.Namespace(num_iterations=-1, target_flops=-1.0, target_param_data_ratio=20.0, total_batch_size=1000)
     vars(args).update(flags)
     assert training_horizon(args, flops_per_token=1000, scaling_params=1000) == steps
+
+
+@pytest.mark.parametrize("free, fails_from, rows", [
+    (1e12, 99, 12), (1e12, 12, 8), (1e12, 3, 2), # 16 is tried by nobody: it does not divide 24
+    ("forecast of 6", 99, 6), ("forecast of 1", 99, 1)])
+def test_the_most_rows_that_fit_are_taken(monkeypatch, capsys, free, fails_from, rows):
+    model, tried = tiny_model(), []
+    model.compute_dtype = torch.float64
+
+    def probe(n):
+        tried.append(n)
+        if n >= fails_from:
+            raise torch.OutOfMemoryError
+    if isinstance(free, str):
+        parts = memory_forecast(model.config, int(free.split()[-1]), "cpu", 8)
+        free = (parts["peak"] - parts["weights"]) / 0.9 + 1
+    monkeypatch.setattr(training, "available_memory", lambda compute: free)
+    monkeypatch.setitem(training.MOST_TOKENS, "cpu", 16 * 16) # 16 rows
+    assert fitting_rows(model, 24, ONE_RANK, probe) == rows
+    assert tried == [n for n in (12, 8, 6, 4, 3, 2, 1) if rows <= n and (fails_from < 99 or n == rows)]
+    assert f"Device batch size: {rows} rows (auto" in capsys.readouterr().out
+    monkeypatch.setattr(training, "available_memory", lambda compute: 1000)
+    with pytest.raises(UserError, match="one row of 16 tokens needs .* pass --recompute"):
+        fitting_rows(model, 24, ONE_RANK, probe)
 
 
 def test_a_horizon_of_no_steps_is_refused():
