@@ -546,6 +546,8 @@ def memory_forecast(config, rows, device_type="cuda", dtype_bytes=2, world_size=
     kv_dim = C // config.n_head * config.n_kv_head
     layer, inputs = (tokens * dtype_bytes * size for size in (16 * C + 3.5 * kv_dim, 2 * C + 0.5 * kv_dim))
     kept = layer + (L - 1) * (inputs if recompute else layer) + tokens * C * (4 + 2 * dtype_bytes)
+    short = device_type == "cpu" and config.sequence_len <= 1024
+    kept_scores = tokens * config.n_head * 0.625 * config.sequence_len * dtype_bytes * short
     head = config.vocab_size * C * (10 if dtype_bytes == 2 else 8) # gradient, its sum over the chunks, a copy in bf16
     logits = min(tokens, chunk_rows(config.vocab_size, device_type)) * config.vocab_size
     parts = {
@@ -553,6 +555,7 @@ def memory_forecast(config, rows, device_type="cuda", dtype_bytes=2, world_size=
         "gradients": weights,
         "optimizer state": (2 * (weights - 4 * matrices) + 4 * matrices) // world_size, # AdamW two moments, Muon one
         "activations": int(kept),
+        "attention's probabilities": int(kept_scores) * (1 if recompute else L), # see flash_attention._use_products
         "bf16 copies of matrices": 2 * matrices // (L if recompute else 1) if dtype_bytes == 2 else 0,
         "loss, or backward of a block": max(head + logits * (4 + 2 * dtype_bytes), tokens * dtype_bytes * 10 * C),
         "optimizer step": 28 * 4 * C * C * L // world_size + 4 * matrices * (world_size > 1), # stacks of Muon's groups

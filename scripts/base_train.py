@@ -423,7 +423,7 @@ def forecast(run, plan):
     """What could be said of this run beforehand, to be set beside what came out."""
     device, dtype, config = run.compute.device, run.model.compute_dtype, run.model.config
     memory = memory_forecast(config, run.args.device_batch_size, device.type, dtype.itemsize,
-                             run.compute.ddp_world_size)["peak"]
+                             run.compute.ddp_world_size, run.args.recompute)["peak"]
     name = torch.cuda.get_device_name() if device.type == "cuda" else None
     return forecast_of_run(config, plan["Number of training tokens"], name, run.compute.ddp_world_size, memory)
 
