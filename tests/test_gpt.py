@@ -429,7 +429,7 @@ def test_costs_by_arithmetic_are_those_of_the_model(config):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 def test_the_memory_forecast_counts_what_a_forward_pass_keeps(dtype, num_kv_heads):
-    """By the storages that autograd saves, parameters apart; within 5 % in fp32, in bf16 (eager norms save fp32) 25 %."""
+    """By the storages that autograd saves, parameters apart; in fp32 within 5 %, in bf16 (eager norms: fp32) 25 %."""
     config = GPTConfig(128, 512, 4, 4, num_kv_heads, 256, "L")
     model = GPT(config)
     model.init_weights()
