@@ -268,7 +268,8 @@ def _to_device(inputs, targets, device):
     """Two int64 arrays (B, T) as contiguous tensors on `device`, by one copy that does not stop the host."""
     both = torch.from_numpy(np.stack([inputs, targets]))
     if device.type == "cuda":
-        both = both.pin_memory() # fresh memory for each batch: a pending copy is never overwritten
+        with torch.cuda.device(device): # a thread begins at the first GPU, and pinning makes a context there
+            both = both.pin_memory() # torch gives the memory to another batch when this copy has been made, not before
     return both.to(device, non_blocking=device.type == "cuda").unbind(0)
 
 

@@ -2,6 +2,7 @@
 Pretraining text on disk: parquet shards with one string column `text`, under <base>/base_data.
 
     python -m nanochat.dataset -n 8                  8 training shards of FineWeb-Edu, and its validation shard
+    python -m nanochat.dataset --dataset climbmix -n 8          the same of ClimbMix
     python -m nanochat.dataset --prepare -n 8        also what the later stages fetch, so that they need no network
     python -m nanochat.dataset --from DIR_OR_FILES   own parquet, jsonl, csv or txt files, in any language
 
@@ -30,10 +31,13 @@ import warnings
 from nanochat.common import (WORD_LIST_URL, UserError, atomic_write, claim_base_dir, download_file_with_lock,
                              file_sha256, get_base_dir, load_hub_dataset, read_manifest, run_main)
 
-NAME = "fineweb-edu"
-HUB_PATH = "/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main/"
+# The data sets that can be downloaded: repository on the hub, last index; the last shard is kept for validation
+DATASETS = {"fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822),
+            "climbmix": ("karpathy/climbmix-400b-shuffle", 6542)}
+NAME = "fineweb-edu" # the default
+MAX_SHARD = DATASETS[NAME][1]
+HUB_PATH = f"/datasets/{DATASETS[NAME][0]}/resolve/main/"
 BASE_URL = "https://huggingface.co" + HUB_PATH
-MAX_SHARD = 1822 # last index; this shard is kept for validation
 
 # What the chat stages read from the hub: name, subset, splits
 HUB_DATASETS = (
@@ -79,7 +83,7 @@ def split_files(split):
     if len(paths) < 2:
         raise FileNotFoundError(f"need at least two shards (one for validation) in {folder}, found {len(paths)}: "
                                 "run `python -m nanochat.dataset -n 8`, or with --from and your own files")
-    listed = {} if manifest["name"] == NAME else manifest["files"] # a download lists its shards only when it ends
+    listed = {} if manifest["name"] in DATASETS else manifest["files"] # a download lists its shards only when it ends
     strays = [name for name in paths if f"base_data/{name}" not in listed]
     if strays and any(name.startswith("base_data/") for name in listed):
         raise ValueError(f"{strays[0]} in {folder} is no shard of the data set {manifest['name']}, and data sets never "
@@ -144,13 +148,13 @@ def parquets_iter_batched(split, start=0, step=1):
 # -----------------------------------------------------------------------------
 # Downloading shards
 
-def shard_url(index):
-    """Where shard `index` lies on the hub, or on the mirror that HF_ENDPOINT names."""
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
-    return (endpoint + HUB_PATH if endpoint else BASE_URL) + index_to_filename(index)
+def shard_url(index, name=NAME):
+    """Where shard `index` of a data set lies on the hub, or on the mirror that HF_ENDPOINT names."""
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    return f"{endpoint}/datasets/{DATASETS[name][0]}/resolve/main/{index_to_filename(index)}"
 
 
-def download_single_file(index, on_bytes=lambda count: None, attempts=5, timeout=30, sleep=time.sleep):
+def download_single_file(index, on_bytes=lambda count: None, attempts=5, timeout=30, sleep=time.sleep, dataset=NAME):
     """
     Have shard `index` complete on disk; True on success. Safe to call from several processes at once.
 
@@ -169,7 +173,7 @@ def download_single_file(index, on_bytes=lambda count: None, attempts=5, timeout
             if _is_shard(path):
                 return True
             try:
-                _fetch(shard_url(index), partial, on_bytes, timeout)
+                _fetch(shard_url(index, dataset), partial, on_bytes, timeout)
                 os.replace(partial, path)
             except (OSError, ValueError) as error: # the errors of requests are OSErrors
                 status = getattr(getattr(error, "response", None), "status_code", 500)
@@ -236,14 +240,14 @@ def _verify(path, response):
         pass
 
 
-def download_shards(indices, num_workers):
+def download_shards(indices, num_workers, dataset=NAME):
     """Download shards in parallel and record them in the manifest. Returns the names of those that are missing."""
     from concurrent.futures import ThreadPoolExecutor
     from tqdm import tqdm
     if read_manifest() is None and list_parquet_files():
         raise UserError(f"{get_base_dir()} holds shards of unknown data, and data sets never mix: move its base_data "
                         "away, or set NANOCHAT_BASE_DIR to another folder")
-    claim = functools.partial(claim_base_dir, NAME, False, index_to_filename(MAX_SHARD))
+    claim = functools.partial(claim_base_dir, dataset, False, index_to_filename(DATASETS[dataset][1]))
     files, missing, stop = claim()["files"], [], threading.Event()
 
     def on_bytes(count):
@@ -255,7 +259,7 @@ def download_shards(indices, num_workers):
           ThreadPoolExecutor(num_workers) as pool):
         stack.callback(_drop_claim_on_nothing) # also after Ctrl-C; by then the workers have ended
         try:
-            results = pool.map(functools.partial(download_single_file, on_bytes=on_bytes), indices)
+            results = pool.map(functools.partial(download_single_file, on_bytes=on_bytes, dataset=dataset), indices)
             for done, (index, complete) in enumerate(zip(indices, results), 1):
                 name = index_to_filename(index)
                 tqdm.write(f"{done}/{len(indices)} {name} {'complete' if complete else 'MISSING'}")
@@ -471,8 +475,9 @@ def build_shards(sources, name, text_column="", separator="blank-line", seed=123
 
 def build_parser():
     parser = argparse.ArgumentParser(description="Put pretraining data on disk, under NANOCHAT_BASE_DIR")
-    parser.add_argument("-n", "--num-files", type=int, default=-1, help="training shards of FineWeb-Edu to have, about "
-                        "100 MB each, beside the validation shard; -1 = all")
+    parser.add_argument("--dataset", default=NAME, choices=list(DATASETS), help="which data set to download")
+    parser.add_argument("-n", "--num-files", type=int, default=-1, help="training shards of it to have, about 100 MB "
+                        "each, beside the validation shard; -1 = all")
     parser.add_argument("-w", "--num-workers", type=int, default=4, help="parallel downloads")
     parser.add_argument("--prepare", action="store_true", help="also fetch evaluation and chat data")
     parser.add_argument("--from", nargs="+", default=[], dest="sources", metavar="PATH",
@@ -492,9 +497,10 @@ def check_args(args):
         problems.append(f"--num-files must be at least 1, or -1 for all, got {args.num_files}")
     if args.num_workers < 1:
         problems.append(f"--num-workers must be at least 1, got {args.num_workers}")
-    if args.sources and (args.prepare or args.num_files != -1):
-        problems.append("--from is for your own files, --prepare and --num-files for hub data: leave one side out")
-    if args.name.strip() in ("", NAME, "tinyworld"):
+    if args.sources and (args.prepare or args.num_files != -1 or args.dataset != NAME):
+        problems.append("--from is for your own files, --dataset, --prepare and --num-files for hub data: leave one "
+                        "side out")
+    if args.name.strip() in ("", "tinyworld", *DATASETS):
         problems.append(f"--name {args.name!r} is empty or taken: choose another name for your own data")
     return problems
 
@@ -510,8 +516,10 @@ def main(argv=None):
               f"left out {counts['empty']:,} empty documents; {counts['replaced']:,} with invalid UTF-8, now U+FFFD")
         missing = []
     else:
-        wanted = MAX_SHARD if args.num_files == -1 else min(args.num_files, MAX_SHARD)
-        missing = download_shards([MAX_SHARD, *range(wanted)], args.num_workers) + (prepare() if args.prepare else [])
+        last = DATASETS[args.dataset][1]
+        wanted = range(last if args.num_files == -1 else min(args.num_files, last))
+        missing = download_shards([last, *wanted], args.num_workers, args.dataset)
+        missing += prepare() if args.prepare else []
     if missing:
         raise UserError(f"missing: {', '.join(missing)}; run the same command again, it continues where it stopped")
     print(f"validation shard: {read_manifest()['validation_shard']} in {get_base_dir()}")

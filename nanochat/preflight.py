@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from nanochat.checkpoint_manager import Saver, load_checkpoint
 from nanochat.common import UserError, get_base_dir, print0, read_manifest
-from nanochat.dataset import NAME, open_shard, read_row_group, split_files
+from nanochat.dataset import DATASETS, open_shard, read_row_group, split_files
 from nanochat.gpt import memory_forecast
 from nanochat.training import accumulate, available_memory, check_loss
 
@@ -57,8 +57,10 @@ def check_data(tokenizer, num_tokens, requeue):
     density = sum(map(len, tokenizer.encode(texts))) / max(1, len("".join(texts).encode("utf-8", "replace")))
     there = num_bytes * density * (1 if requeue else KEPT)
     found = f"{len(paths)} training shards, about {there:.2g} tokens for {num_tokens:.2g}"
-    if there < num_tokens and (read_manifest() or {}).get("name") == NAME:
-        raise UserError(f"{found}: run `python -m nanochat.dataset -n {math.ceil(len(paths) * num_tokens / there)}`")
+    name = (read_manifest() or {}).get("name")
+    if there < num_tokens and name in DATASETS and len(paths) < DATASETS[name][1]:
+        more = math.ceil(len(paths) * num_tokens / there)
+        raise UserError(f"{found}: run `python -m nanochat.dataset --dataset {name} -n {more}`")
     return found + f": {num_tokens / there:.1f} passes" * (there < num_tokens)
 
 
@@ -67,8 +69,8 @@ def check_disk(config, num_saved):
     size = memory_forecast(config, 1, "cpu")
     need, free = (num_saved + 1) * (size["weights"] + size["optimizer state"]), shutil.disk_usage(get_base_dir()).free
     if need > free:
-        raise UserError(f"{num_saved} checkpoints need up to {need / 1e9:.1f} GB, {get_base_dir()} has {free / 1e9:.1f} "
-                        "free: make room, pass --keep-last, or set NANOCHAT_BASE_DIR to another disk")
+        raise UserError(f"{num_saved} checkpoints need up to {need / 1e9:.1f} GB, {get_base_dir()} has "
+                        f"{free / 1e9:.1f} free: make room, pass --keep-last, or set NANOCHAT_BASE_DIR to another disk")
     return f"{free / 1e9:.1f} GB free, {num_saved} checkpoints need up to {need / 1e9:.1f}"
 
 
@@ -90,8 +92,8 @@ def check_steps(model, optimizer, rows, accum_steps, num_steps, compute):
                         "--recompute") from error
     seconds = accum_steps * (marks[1] - marks[0]) + marks[2] - marks[1]
     tokens = ids.numel() * accum_steps * compute.ddp_world_size / seconds
-    return (f"{1000 * seconds:,.0f} ms each, {tokens:,.0f} tokens/s, {num_steps * seconds / 3600:.1f} h for {num_steps:,} "
-            f"steps without evaluations; {available_memory(compute) / 2**20:,.0f} MiB are still free")
+    return (f"{1000 * seconds:,.0f} ms each, {tokens:,.0f} tokens/s, {num_steps * seconds / 3600:.1f} h for "
+            f"{num_steps:,} steps without evaluations; {available_memory(compute) / 2**20:,.0f} MiB are still free")
 
 
 def check_saving(model, optimizer, compute):

@@ -6,6 +6,7 @@ A function is here because a second script needs the same lines. It takes values
 import contextlib
 import datetime
 import functools
+import gc
 import json
 import math
 import os
@@ -178,6 +179,26 @@ def accumulate(model, micro_batches, num_targets, compute, bos_id=None):
 
 
 DIVERGED = "which is not saved: lower the learning rates, or check the data; --resume goes on from the last checkpoint"
+
+
+@contextlib.contextmanager
+def collector_by_hand():
+    """
+    Stop Python's garbage collector, which walks through all objects at times of its own; yields `collect(first)`.
+
+    To be called between steps: after the first one (`first`) what is there stays, and is never walked through again.
+    """
+    def collect(first):
+        gc.collect()
+        if first:
+            gc.freeze()
+
+    gc.disable()
+    try:
+        yield collect
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 def check_loss(loss, step):

@@ -24,10 +24,10 @@ import torch
 
 from nanochat.checkpoint_manager import (Saver, checkpoint_dir, delete_steps, hold, lineage, load_checkpoint,
                                          step_to_resume, warn_of_changes)
-from nanochat.common import (DTYPES, UserError, compute_cleanup, compute_init, dataset_label, get_compute_dtype, init_wandb,
-                             print0, print_banner, run_main)
+from nanochat.common import (DTYPES, UserError, compute_cleanup, compute_init, dataset_label, get_compute_dtype,
+                             init_wandb, print0, print_banner, run_main)
 from nanochat.core_eval import evaluate_model
-from nanochat.dataloader import first_rows, merge_lane_states, pretraining_loader, usable_lanes
+from nanochat.dataloader import first_rows, merge_lane_states, prefetched, pretraining_loader, usable_lanes
 from nanochat.engine import Engine
 from nanochat.flash_attention import describe_backend
 from nanochat.forecast import forecast_of_run
@@ -37,9 +37,9 @@ from nanochat.preflight import check_collectives, check_data, check_disk, check_
 from nanochat.report import get_report, is_reported
 from nanochat.tokenizer import get_tokenizer, token_bytes_of
 from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, add_checkpoint_flags, check_loss,
-                               check_weights, compile_model, fitting_rows, grad_accum_steps, is_due, lr_multiplier,
-                               muon_momentum, number_problems, peak_flops, peak_memory_mib, refuse_changes,
-                               sample_prompts, set_schedule, training_horizon, try_evaluation)
+                               check_weights, collector_by_hand, compile_model, fitting_rows, grad_accum_steps, is_due,
+                               lr_multiplier, muon_momentum, number_problems, peak_flops, peak_memory_mib,
+                               refuse_changes, sample_prompts, set_schedule, training_horizon, try_evaluation)
 
 # Flags that change the mathematics of a run: a resumed run must have the saved values, of the first always.
 SHAPE = ("depth", "aspect_ratio", "head_dim")
@@ -55,8 +55,9 @@ def rows_or_auto(text):
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     add = parser.add_argument
-    add("--preflight", nargs="?", const="all", choices=["all", "machine"], help="do not train but check, in two minutes, "
-        "that it will work, and change nothing; machine = without tokenizer and data, before they are there")
+    add("--preflight", nargs="?", const="all", choices=["all", "machine"],
+        help="do not train but check, in two minutes, that it will work, and change nothing; "
+        "machine = without tokenizer and data, before they are there")
     add("--run", default="dummy", help="wandb run name; dummy = no wandb")
     add("--device-type", default="", choices=["", "cuda", "cpu", "mps"], help="empty = the first that is available")
     add("--dtype", default="", choices=["", *DTYPES], help="activation dtype; empty = bfloat16 if the hardware has it")
@@ -321,8 +322,9 @@ def print_step(run, step, num_steps, loss, multiplier, seconds):
 def train(run, batches, num_steps, accum_steps):
     """The whole of training on one page. Returns the metrics of the last evaluation."""
     args, model, optimizer, compute = run.args, run.model, run.optimizer, run.compute
-    batches = itertools.chain([next(batches)], batches) # read now: bad data must be told before anything is deleted
-    with hold(run.folder, compute), Stop() as stop:
+    steps = prefetched(iter(lambda: list(itertools.islice(batches, accum_steps)), [])) # the micro-batches of each step
+    steps = itertools.chain([next(steps)], steps) # read now: bad data must be told before anything is deleted
+    with hold(run.folder, compute), Stop() as stop, collector_by_hand() as collect:
         if args.overwrite and compute.is_master: # only now that all else is known to be right
             delete_steps(run.folder, after=run.start_step)
         run.log = MetricsLog(run.folder, run.start_step or 0, enabled=compute.is_master)
@@ -344,7 +346,7 @@ def train(run, batches, num_steps, accum_steps):
 
             compute.synchronize()
             start = time.time()
-            micro_batches = list(itertools.islice(batches, accum_steps))
+            micro_batches = next(steps)
             loss = accumulate(model, ((x, y) for x, y, _ in micro_batches), args.total_batch_size, compute)
             check_loss(loss, step)
             multiplier = lr_multiplier(step, num_steps, args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac)
@@ -354,6 +356,9 @@ def train(run, batches, num_steps, accum_steps):
             compute.synchronize()
             seconds = time.time() - start
 
+            is_first = step == (run.start_step or 0)
+            if is_first or step % 500 == 0:
+                collect(is_first)
             run.data_state = micro_batches[-1][2]
             run.speed.update(seconds)
             smooth = run.meter.update(loss)

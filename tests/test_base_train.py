@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from nanochat import dataset
 from nanochat.checkpoint_manager import complete_steps, hold
 from nanochat.common import Compute, UserError
 from scripts import base_train
@@ -289,9 +290,9 @@ def test_preflight_names_what_fails(base_dir, tmp_path, monkeypatch, capsys):
 
 
 def test_preflight_asks_for_the_shards_that_are_missing(base_dir, monkeypatch, capsys):
-    monkeypatch.setattr("nanochat.preflight.NAME", "tinyworld")
+    monkeypatch.setitem(dataset.DATASETS, "tinyworld", ("", 1822))
     assert preflight("--num-iterations=100000") == 1
-    assert re.search(r"FAILED data: .* training shards, .*: run `python -m nanochat.dataset -n \d+`",
+    assert re.search(r"FAILED data: .* training shards, .*: run `python -m nanochat.dataset --dataset tinyworld -n \d",
                      capsys.readouterr().out)
 
 

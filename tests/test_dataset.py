@@ -300,6 +300,17 @@ def test_the_command_fetches_the_validation_shard_too(hub, base_dir, shard_bytes
     assert names(split_files("val")) == ["shard_01822.parquet"]
 
 
+def test_climbmix_has_a_validation_shard_of_its_own_and_does_not_mix(hub, base_dir, shard_bytes):
+    path = "/datasets/karpathy/climbmix-400b-shuffle/resolve/main/"
+    hub.files.update({path + index_to_filename(i): shard_bytes[i % 2] for i in (0, 1, 6542)})
+    main(["--dataset", "climbmix", "-n", "2"])
+    assert names(split_files("val")) == ["shard_06542.parquet"] and len(split_files("train")) == 2
+    assert (read_manifest()["name"], read_manifest()["synthetic"]) == ("climbmix", False)
+    hub.files[HUB_PATH + "shard_00000.parquet"] = shard_bytes[0]
+    with pytest.raises(UserError, match="holds the data set climbmix, not fineweb-edu .*data sets never mix"):
+        main(["-n", "1"])
+
+
 def test_missing_shards_are_listed_and_the_others_kept(hub, base_dir, shard_bytes):
     hub.files.update({HUB_PATH + index_to_filename(i): shard_bytes[0] for i in (0, 1822)})
     with pytest.raises(UserError, match="missing: shard_00001.parquet; run the same command again"):

@@ -1,10 +1,12 @@
 """The pieces of a training loop against hand computations."""
 import argparse
 import datetime
+import gc
 import json
 import os
 import signal
 import socket
+import weakref
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from nanochat import training
 from nanochat.common import Compute, UserError, compute_init
 from nanochat.gpt import GPT, GPTConfig, memory_forecast
 from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, check_loss, check_weights,
-                               compile_model, fitting_rows, grad_accum_steps, is_due, lr_multiplier, muon_momentum, refuse_changes,
-                               set_schedule, training_horizon, try_evaluation)
+                               collector_by_hand, compile_model, fitting_rows, grad_accum_steps, is_due,
+                               lr_multiplier, muon_momentum, refuse_changes, set_schedule, training_horizon,
+                               try_evaluation)
 
 ONE_RANK = Compute(False, 0, 0, 1, torch.device("cpu"))
 
@@ -96,6 +99,26 @@ def test_the_most_rows_that_fit_are_taken(monkeypatch, capsys, free, fails_from,
     monkeypatch.setattr(training, "available_memory", lambda compute: 1000)
     with pytest.raises(UserError, match="one row of 16 tokens needs .* pass --recompute"):
         fitting_rows(model, 24, ONE_RANK, probe)
+
+
+def test_the_collector_rests_between_the_steps_and_comes_back():
+    class Node:
+        pass
+
+    def cycle():
+        node = Node()
+        node.itself = node
+        return weakref.ref(node)
+    enabled = gc.isenabled()
+    with collector_by_hand() as collect:
+        assert not gc.isenabled()
+        collect(True)
+        assert gc.get_freeze_count() > 0
+        node = cycle()
+        collect(False)
+        assert node() is None, "what is made later is still collected"
+    gc.enable() if enabled else gc.disable()
+    assert gc.get_freeze_count() == 0 and enabled
 
 
 def test_a_horizon_of_no_steps_is_refused():
