@@ -1,12 +1,13 @@
 """
-What does saving cost a training run? Steps with a save among them against steps without, alternating.
+What does saving cost a training run?
 
-    python -m dev.bench_checkpoint                       depth 6, a save every 50 steps, 3 times
-    python -m dev.bench_checkpoint --depth 4 --every 20 --saves 5
+    python -m dev.bench_checkpoint                       depth 4, a save every 50 steps: about a minute
+    python -m dev.bench_checkpoint --depth 6 --every 20
 
-The step is the real one (model, loss, optimizer) on random tokens. Printed: milliseconds a step without a save, with
-one in the background, and with one that is waited for; how much is written, and how much memory the copy takes. The
-last line is JSON; its "ratio" is the time of a step with background saves over that without.
+The step is the real one (model, loss, optimizer) on random tokens. A save costs what the five steps from its beginning
+take, less five times the median of the ten after them: so near each other, the machine's moods do not count. Printed
+for saves in the background and for such as are waited for, with the size of what is written. The last line is JSON; its
+"ratio" is the time of a step with background saves over that without.
 """
 import argparse
 import json
@@ -35,55 +36,60 @@ def build(args):
     return model, model.setup_optimizer()
 
 
-def steps(model, optimizer, batch, num_steps, before=None):
-    """Seconds of `num_steps` training steps, with `before()` ahead of the first."""
+def seconds(function):
     start = time.perf_counter()
-    if before is not None:
-        before()
-    for _ in range(num_steps):
-        accumulate(model, [batch], batch[1].numel(), CPU)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    function()
     return time.perf_counter() - start
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     add = parser.add_argument
-    add("--depth", type=int, default=6, help="layers; the width is 64 times as much")
+    add("--depth", type=int, default=4, help="layers; the width is 64 times as much")
     add("--vocab-size", type=int, default=8192)
     add("--seq-len", type=int, default=256)
     add("--batch-size", type=int, default=8, help="rows a step")
     add("--every", type=int, default=50, help="steps between saves")
-    add("--saves", type=int, default=3, help="rounds, each of 3 x --every steps")
+    add("--saves", type=int, default=5, help="of each kind, which are measured")
     args = parser.parse_args(argv)
     model, optimizer = build(args)
-    ids = torch.randint(args.vocab_size, (2, args.batch_size, args.seq_len))
-    print(compile_model(model, "auto", lambda: model(*ids).backward()))
-    steps(model, optimizer, tuple(ids), 3)
+    batch = tuple(torch.randint(args.vocab_size, (2, args.batch_size, args.seq_len)))
+    print(compile_model(model, "auto", lambda: model(*batch).backward()))
     folder = tempfile.mkdtemp()
     saver = Saver(folder, CPU, keep_last=1)
+
+    def step():
+        accumulate(model, [batch], batch[1].numel(), CPU)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def save(wait):
         saver.save(saver.saved_step or 0, model, optimizer, {"model_config": asdict(model.config)}, None)
         if wait:
             saver.finish()
 
-    times = {"none": [], "background": [], "waiting": []}
+    for _ in range(3):
+        step()
+    costs, usual = {"background": [], "waiting": []}, []
     for _ in range(args.saves):
-        for kind, before in (("none", None), ("background", lambda: save(False)), ("waiting", lambda: save(True))):
-            times[kind].append(1000 * steps(model, optimizer, tuple(ids), args.every, before) / args.every)
+        for kind, taken in costs.items():
+            begin = seconds(lambda: save(kind == "waiting"))
+            times = [seconds(step) for _ in range(15)]
             saver.finish()
+            usual.append(statistics.median(times[5:]))
+            taken.append(begin + sum(times[:5]) - 5 * usual[-1])
+    shutil.rmtree(folder)
     state = [*model.state_dict().values(), *(value for one in optimizer.state_dict()["state"].values()
                                              for value in one.values() if torch.is_tensor(value))]
     size = sum(tensor.numel() * tensor.element_size() for tensor in state) / 2**20
-    shutil.rmtree(folder)
-    medians = {kind: statistics.median(values) for kind, values in times.items()}
-    for kind, value in medians.items():
-        print(f"{kind:12s} {value:9.2f} ms a step {100 * (value / medians['none'] - 1):+7.2f} %")
+    usual = statistics.median(usual)
+    ratios = {kind: 1 + statistics.median(taken) / (args.every * usual) for kind, taken in costs.items()}
+    print(f"a step takes {1e3 * usual:.0f} ms; a save every {args.every} steps")
+    for kind, taken in costs.items():
+        print(f"  {kind:10} {1e3 * statistics.median(taken):6.0f} ms each, {100 * (ratios[kind] - 1):5.2f} % of the steps")
     print(f"a save writes {size:.0f} MiB, of which one copy is held in memory meanwhile")
-    print(json.dumps({"ratio": medians["background"] / medians["none"], "waiting": medians["waiting"] / medians["none"],
-                      "ms": medians, "MiB": size, "every": args.every, "depth": args.depth}))
+    print(json.dumps({"ratio": round(ratios["background"], 4), "waiting": round(ratios["waiting"], 4),
+                      "step_seconds": usual, "MiB": size, "every": args.every, "depth": args.depth}))
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def test_two_nodes_share_the_work(nodes, tmp_path, monkeypatch, name):
         else:
             alone.append(check_command(line.removeprefix("python\t")))
     assert sorted(alone) == ["dataset", "dataset", "report", "report", "tok_eval", "tok_train"]
-    assert len(shared) == 9
+    assert len(shared) == 10
     of_second = (tmp_path / "base" / "commands1").read_text().splitlines()
     assert of_second == [line.replace("--node-rank=0", "--node-rank=1") for line in shared]
 
@@ -213,15 +213,15 @@ def test_a_second_run_finds_everything_complete_on_both_nodes(nodes, tmp_path):
     for again in range(2):
         both = ends(nodes(0, MASTER_ADDR=f"host{again}"), nodes(1, MASTER_ADDR=f"host{again}"))
         assert [code for code, _, _ in both] == [0, 0]
-    assert (tmp_path / "base" / "commands1").read_text().count("scripts.base_train") == 1
-    assert both[1][1].count("complete already") == both[0][1].count("complete already") == 15
+    assert (tmp_path / "base" / "commands1").read_text().count("scripts.base_train") == 2 # preflight, training
+    assert both[1][1].count("complete already") == both[0][1].count("complete already") == 16
 
 
 def test_shards_on_a_disk_of_each_node_are_downloaded_by_each(nodes, tmp_path):
     (tmp_path / "base" / "base_data").symlink_to(tmp_path)
     assert [code for code, _, _ in ends(nodes(0), nodes(1))] == [0, 0]
-    first = (tmp_path / "base" / "commands1").read_text().splitlines()[0]
-    assert first.rstrip("\t").split("\t") == ["python", "-m", "nanochat.dataset", "-n", "280"]
+    preflight, first = (tmp_path / "base" / "commands1").read_text().splitlines()[:2]
+    assert "--preflight=machine" in preflight and first.rstrip("\t").split("\t") == ["python", "-m", "nanochat.dataset", "-n", "280"]
 
 
 def test_the_others_end_when_node_0_fails_and_when_a_node_does_not_come(nodes, tmp_path):
