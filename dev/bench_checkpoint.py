@@ -86,7 +86,7 @@ def main(argv=None):
     ratios = {kind: 1 + statistics.median(taken) / (args.every * usual) for kind, taken in costs.items()}
     print(f"a step takes {1e3 * usual:.0f} ms; a save every {args.every} steps")
     for kind, taken in costs.items():
-        print(f"  {kind:10} {1e3 * statistics.median(taken):6.0f} ms each, {100 * (ratios[kind] - 1):5.2f} % of the steps")
+        print(f"  {kind:10} {1e3 * statistics.median(taken):6.0f} ms, {100 * (ratios[kind] - 1):5.2f} % of the steps")
     print(f"a save writes {size:.0f} MiB, of which one copy is held in memory meanwhile")
     print(json.dumps({"ratio": round(ratios["background"], 4), "waiting": round(ratios["waiting"], 4),
                       "step_seconds": usual, "MiB": size, "every": args.every, "depth": args.depth}))
