@@ -77,7 +77,7 @@ def kill_at_random(process, folder, rng):
     if process.poll() is not None:
         return None
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate() # and close the pipe
     return kind
 
 

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from nanochat import chat_training, checkpoint_manager, gpt
+from nanochat import chat_training, checkpoint_manager, common, gpt
 from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train
 from tasks.registry import EVALS, REWARDED
 from tests.chat_world import Chat
@@ -55,3 +55,4 @@ if __name__ == "__main__":
     for stage, *flags in json.loads(sys.argv[1]):
         STAGES[stage].compute_cleanup = lambda: None # torchrun's store knows a process group of each process once only
         STAGES[stage].main([flag.replace("{rows}", rows) for flag in flags])
+    common.compute_cleanup() # else gloo's threads may end the process with an abort

@@ -221,7 +221,8 @@ def test_shards_on_a_disk_of_each_node_are_downloaded_by_each(nodes, tmp_path):
     (tmp_path / "base" / "base_data").symlink_to(tmp_path)
     assert [code for code, _, _ in ends(nodes(0), nodes(1))] == [0, 0]
     preflight, first = (tmp_path / "base" / "commands1").read_text().splitlines()[:2]
-    assert "--preflight=machine" in preflight and first.rstrip("\t").split("\t") == ["python", "-m", "nanochat.dataset", "-n", "280"]
+    assert "--preflight=machine" in preflight
+    assert first.rstrip("\t").split("\t") == ["python", "-m", "nanochat.dataset", "-n", "280"]
 
 
 def test_the_others_end_when_node_0_fails_and_when_a_node_does_not_come(nodes, tmp_path):
