@@ -19,6 +19,7 @@ from nanochat.checkpoint_manager import (Saver, check_parent, checkpoint_dir, de
 from nanochat.common import (DTYPES, UserError, dataset_label, file_sha256, get_base_dir, get_compute_dtype,
                              init_wandb, print0)
 from nanochat.dataloader import conversation_steps
+from nanochat.flash_attention import describe_backend
 from nanochat.gpt import Block
 from nanochat.report import get_report, is_reported
 from nanochat.training import (MetricsLog, accumulate, add_checkpoint_flags, check_loss, check_weights, compile_model,
@@ -121,7 +122,8 @@ class Run:
         self.wandb = init_wandb(args.run, compute, f"nanochat-{stage}", vars(args))
 
     def _resume(self, meta, fixed):
-        refuse_changes(meta["user_config"], vars(self.args), fixed, self.args.allow_change)
+        allowed = None if meta["loop_state"]["is_last"] else self.args.allow_change # the last has no optimizer state
+        refuse_changes(meta["user_config"], vars(self.args), fixed, allowed)
         self.saved_lineage, self.parent = meta["lineage"], meta["lineage"]["parent"]
         check_parent(self.parent, self.args.model_step)
         self.data_state = meta["dataloader_state_dict"]
@@ -143,7 +145,8 @@ class Run:
 
     def compile(self):
         """Compile the model for packed rows of seq_len tokens, device_batch_size of them."""
-        print0("Attention: scaled_dot_product_attention, within each conversation of a packed row")
+        print0(describe_backend(self.compute.device, self.model.compute_dtype))
+        print0("Each conversation of a packed row is computed alone, under a mask (not by FlashAttention-3)")
         ids = torch.zeros((self.args.device_batch_size, self.seq_len), dtype=torch.long, device=self.compute.device)
         print0(compile_model(self.model, self.args.compile,
                              lambda: self.model(ids, ids, loss_reduction="sum", bos_id=self.bos_id).backward()))

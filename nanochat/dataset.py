@@ -36,6 +36,7 @@ DATASETS = {"fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822),
             "climbmix": ("karpathy/climbmix-400b-shuffle", 6542)}
 NAME = "fineweb-edu" # the default
 MAX_SHARD = DATASETS[NAME][1]
+CROPPED = 0.35 # share of the tokens of web text that packing cuts off documents
 HUB_PATH = f"/datasets/{DATASETS[NAME][0]}/resolve/main/"
 BASE_URL = "https://huggingface.co" + HUB_PATH
 

@@ -111,7 +111,8 @@ def describe_backend(device, dtype):
         return "Attention: FlashAttention-3 (a Hopper GPU, its kernel, and bf16)"
     if _use_flex(device, dtype):
         return f"Attention: scaled_dot_product_attention, and for windows FlexAttention ({why})"
-    return f"Attention: scaled_dot_product_attention, windows in blocks ({why})"
+    products = ", plain products in compiled training on up to 1,024 keys" * (device.type == "cpu")
+    return f"Attention: scaled_dot_product_attention, windows in blocks{products} ({why})"
 
 # -----------------------------------------------------------------------------
 # The two functions of the contract
@@ -324,4 +325,3 @@ def _window_mask(q_len, k_len, offset, left, right, device):
     if right >= 0:
         mask = mask & (key <= query + right)
     return mask
-

@@ -15,11 +15,9 @@ import torch.distributed as dist
 
 from nanochat.checkpoint_manager import Saver, load_checkpoint
 from nanochat.common import UserError, get_base_dir, print0, read_manifest
-from nanochat.dataset import DATASETS, open_shard, read_row_group, split_files
+from nanochat.dataset import CROPPED, DATASETS, open_shard, read_row_group, split_files
 from nanochat.gpt import memory_forecast
 from nanochat.training import accumulate, available_memory, check_loss
-
-KEPT = 0.65 # share of the tokens of web text that packing keeps when what is cut off is dropped
 
 
 def run_checks(checks, compute):
@@ -55,7 +53,7 @@ def check_data(tokenizer, num_tokens, requeue):
             groups = (file.metadata.row_group(i) for i in range(file.num_row_groups))
             num_bytes += sum(group.total_byte_size for group in groups)
     density = sum(map(len, tokenizer.encode(texts))) / max(1, len("".join(texts).encode("utf-8", "replace")))
-    there = num_bytes * density * (1 if requeue else KEPT)
+    there = num_bytes * density * (1 if requeue else 1 - CROPPED)
     found = f"{len(paths)} training shards, about {there:.2g} tokens for {num_tokens:.2g}"
     name = (read_manifest() or {}).get("name")
     if there < num_tokens and name in DATASETS and len(paths) < DATASETS[name][1]:

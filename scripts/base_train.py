@@ -164,10 +164,8 @@ def print_plan(args, model, compute, num_steps):
     micro = args.device_batch_size * args.max_seq_len
     print0(f"Tokens per micro-batch: {micro:,} per rank, {micro * compute.ddp_world_size:,} in all; "
            f"accumulation steps: {args.total_batch_size // (micro * compute.ddp_world_size)}")
-    memory = memory_forecast(config, args.device_batch_size, compute.device.type, model.compute_dtype.itemsize,
-                             compute.ddp_world_size, args.recompute)
-    print0(f"Memory forecast: {memory['peak'] / 2**20:,.0f} MiB per rank, beside the process itself"
-           + ", activations made again (--recompute)" * args.recompute)
+    print0(f"Memory forecast: {peak_forecast(args, model, compute) / 2**20:,.0f} MiB per rank, beside the process "
+           "itself" + ", activations made again (--recompute)" * args.recompute)
     for name, size in sizes.items():
         print0(f"{name:24s}: {size:,}")
     plan = {"Number of parameters": sizes["total"], "Number of FLOPs per token": flops,
@@ -179,6 +177,12 @@ def print_plan(args, model, compute, num_steps):
         print0(f"{name}: {value:,.2f}" if isinstance(value, float) else f"{name}: {value:,}")
     print0(f"Total training FLOPs: {flops * plan['Number of training tokens']:.3e}")
     return plan
+
+
+def peak_forecast(args, model, compute):
+    """Bytes that a rank will need at most, beside the process itself."""
+    return memory_forecast(model.config, args.device_batch_size, compute.device.type, model.compute_dtype.itemsize,
+                           compute.ddp_world_size, args.recompute)["peak"]
 
 
 def make_model(args, compute, vocab_size):
@@ -426,11 +430,9 @@ def report(run, plan, metrics):
 
 def forecast(run, plan):
     """What could be said of this run beforehand, to be set beside what came out."""
-    device, dtype, config = run.compute.device, run.model.compute_dtype, run.model.config
-    memory = memory_forecast(config, run.args.device_batch_size, device.type, dtype.itemsize,
-                             run.compute.ddp_world_size, run.args.recompute)["peak"]
-    name = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return forecast_of_run(config, plan["Number of training tokens"], name, run.compute.ddp_world_size, memory)
+    name = torch.cuda.get_device_name() if run.compute.device.type == "cuda" else None
+    return forecast_of_run(run.model.config, plan["Number of training tokens"], name, run.compute.ddp_world_size,
+                           peak_forecast(run.args, run.model, run.compute))
 
 
 def main(argv=None):

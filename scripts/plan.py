@@ -18,12 +18,12 @@ import torch
 
 from nanochat import forecast
 from nanochat.common import DTYPES, get_compute_dtype, get_peak_flops, run_main
+from nanochat.dataset import CROPPED, MAX_SHARD
 from nanochat.forecast import GPUS, Machine
 from nanochat.gpt import config_of_depth, count_params, flops_per_token, memory_forecast
 from nanochat.report import HOURLY_RATES
 
-CHARS_PER_TOKEN, CHARS_PER_SHARD, CROPPED = 4.8, 250e6, 0.35 # see runs/speedrun.sh
-MAX_SHARDS = 1822 # of FineWeb-Edu, see nanochat/dataset.py
+CHARS_PER_TOKEN, CHARS_PER_SHARD = 4.8, 250e6 # see runs/speedrun.sh
 DEPTHS = range(2, 65)
 
 
@@ -140,8 +140,8 @@ def make_plan(depth, machine, args):
              "flops_per_token": flops, "flops": flops * tokens, "tokens": tokens, "ratio": tokens / scaling,
              "steps": steps, "total_batch_size": total_batch, "device_batch_size": rows,
              "accumulation": total_batch // (rows * args.seq_len * machine.ranks),
-             "shards": min(shards, MAX_SHARDS), "epochs": max(1.0, shards / MAX_SHARDS),
-             "disk_gb": (min(shards, MAX_SHARDS) + 1) * 0.1 + 1 + (4 * memory["weights"] + machine.ranks *
+             "shards": min(shards, MAX_SHARD), "epochs": max(1.0, shards / MAX_SHARD),
+             "disk_gb": (min(shards, MAX_SHARD) + 1) * 0.1 + 1 + (4 * memory["weights"] + machine.ranks *
                                                                    memory["optimizer state"]) / 1e9,
              "seconds_per_step": 3600 * training / steps, "training_hours": training, "hours": training + others,
              "dollars": (training + others) * machine.price, "memory": {k: int(v) for k, v in memory.items()},

@@ -290,6 +290,8 @@ def test_resume_refuses_other_mathematics_and_a_second_run_asks_what_to_do(fille
     sft("--num-iterations", "1")
     with pytest.raises(ValueError, match="--matrix-lr was 0.02, is 0.5"):
         sft("--resume", "--num-iterations", "1", "--matrix-lr", "0.5")
+    with pytest.raises(ValueError, match="--num-iterations was 1, is 2"): # the last step has no optimizer state
+        sft("--resume", "--num-iterations", "2", "--allow-change")
     identity = filled / "identity_conversations.jsonl"
     as_it_was = identity.read_text()
     identity.write_text(as_it_was.replace("say", "tell me"))
