@@ -112,23 +112,54 @@ def _runs_out(model, probe, rows, room):
             torch.cuda.empty_cache()
 
 
-def training_horizon(args, flops_per_token, scaling_params):
-    """
-    Number of optimizer steps: --num-iterations, else --target-flops, else --target-param-data-ratio.
+# What the default learning rates were tuned at: depth 12, 10.5 tokens per parameter
+REFERENCE_BATCH, REFERENCE_TOKENS = 2**19, 1.156e9
 
-    The first positive one counts. The ratio is tokens per scaling parameter (block matrices, head). Raises ValueError.
+
+def horizon_tokens(args, flops_per_token, scaling_params):
     """
+    Tokens of a run: --num-iterations, else --target-flops, else --target-param-data-ratio, the first positive one.
+
+    The ratio is tokens per scaling parameter (block matrices, head).
+    """
+    if args.num_iterations > 0 and args.total_batch_size == "auto": # times the batch that follows from the result
+        return (args.num_iterations * REFERENCE_BATCH / REFERENCE_TOKENS**0.383) ** (1 / (1 - 0.383))
     if args.num_iterations > 0:
-        return args.num_iterations
+        return args.num_iterations * args.total_batch_size
     if args.target_flops > 0:
-        num_steps, flag = round(args.target_flops / (flops_per_token * args.total_batch_size)), "--target-flops"
-    else:
-        tokens = int(args.target_param_data_ratio * scaling_params)
-        num_steps, flag = tokens // args.total_batch_size, "--target-param-data-ratio"
+        return args.target_flops / flops_per_token
+    return int(args.target_param_data_ratio * scaling_params)
+
+
+def training_horizon(args, flops_per_token, scaling_params):
+    """Number of optimizer steps, see `horizon_tokens`. Raises ValueError."""
+    tokens, by_flops = horizon_tokens(args, flops_per_token, scaling_params), args.num_iterations <= 0 < args.target_flops
+    num_steps = round(tokens / args.total_batch_size) if by_flops else tokens // args.total_batch_size
     if num_steps < 1:
-        raise ValueError(f"{flag} is too small for even one step of --total-batch-size {args.total_batch_size:,} "
-                         "tokens")
+        raise ValueError(f"{'--target-flops' if by_flops else '--target-param-data-ratio'} is too small for even one "
+                         f"step of --total-batch-size {args.total_batch_size:,} tokens")
     return num_steps
+
+
+def batch_for_horizon(num_tokens, multiple):
+    """
+    Tokens of an optimizer step for a run of num_tokens: a power of two, then rounded to a multiple of `multiple`.
+
+    The best batch grows with the tokens of the run, D^0.383 (Bergsma et al. 2025, https://arxiv.org/abs/2505.13738). At
+    most 2^20, as whether more is any good is not known, and small enough for some 250 steps (dev/LOG.md).
+    """
+    batch = min(2**20, REFERENCE_BATCH * (num_tokens / REFERENCE_TOKENS) ** 0.383, max(1, num_tokens / 250))
+    return max(1, round(2 ** round(math.log2(batch)) / multiple)) * multiple
+
+
+def rate_scale(total_batch_size, num_tokens):
+    """
+    Factor on all learning rates for the batch and the length of a run, both in tokens.
+
+    The square root of the batch; shorter runs than the reference bear more, D^-0.32 (Bjorck et al. 2024,
+    https://arxiv.org/abs/2409.19913). Longer ones are left at what was tuned and reported.
+    """
+    return (total_batch_size / REFERENCE_BATCH) ** 0.5 * max(1, REFERENCE_TOKENS / num_tokens) ** 0.32
 
 
 def lr_multiplier(step, num_steps, warmup_ratio=0.0, warmdown_ratio=0.4, final_lr_frac=0.0):

@@ -36,7 +36,7 @@ stage tokenizer-eval python -m scripts.tok_eval
 stage base-train python -m scripts.base_train --run="$WANDB_RUN" --resume --seed="${SEED:-42}" \
     --depth="$DEPTH" --model-tag="$TAG" --head-dim=64 --max-seq-len=256 --window-pattern=L \
     --device-batch-size=16 --total-batch-size=4096 --num-iterations="${BASE_STEPS:-1000}" \
-    --matrix-lr=0.226 --embedding-lr=3.39 --unembedding-lr=0.045 --scalar-lr=0.7 \
+    --matrix-lr=0.037 --embedding-lr=0.56 --unembedding-lr=0.0074 --scalar-lr=0.115 \
     --eval-every=250 --eval-tokens=65536 --core-metric-every=-1 --sample-every=250 --save-every=250
 stage base-loss python -m scripts.base_loss --model-tag="$TAG" --device-batch-size=16 --split-tokens=65536
 stage base-eval python -m scripts.base_eval --model-tag="$TAG" --max-per-task="$examples"

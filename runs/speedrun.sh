@@ -11,8 +11,8 @@
 # All nodes must share NANOCHAT_BASE_DIR (a network disk): node 0 writes checkpoints, tokenizer and report there, and the others
 # read them; it also prepares the data and does what takes one process, while they wait for its marks. Shards may lie on each
 # node's own disk: make base_data in the base directory a link to a folder there, and every node downloads for itself.
-# The repository may be shared or not. NODE_TIMEOUT: seconds to wait for the other nodes (default 3600). 2, 4 or 8 nodes of 8
-# GPUs divide the 524,288 tokens of a step; with RL=1 at most 2, as a step of it has 16 questions.
+# The repository may be shared or not. NODE_TIMEOUT: seconds to wait for the other nodes (default 3600). Midtraining has 524,288
+# tokens a step, for 1, 2, 4 or 8 nodes of 8 GPUs; with RL=1 at most 2, as a step of it has 16 questions.
 #
 # Never run by its authors, who had no such node: the stages were run on CPUs, and their CUDA paths only with stand-ins.
 # Writes below $NANOCHAT_BASE_DIR (default ~/.cache/nanochat) and ./report.md. Safe to run again: complete stages are kept, and

@@ -20,11 +20,9 @@ cpu-3min | cpu-20min)
     export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat/sweep}" NPROC_PER_NODE="${NPROC_PER_NODE:-1}"
     prepare=(python -m dev.tinyworld.generate --facts "${FACTS:-1000}")
     tokenizer=(--max-chars=20000000 --vocab-size="${VOCAB_SIZE:-1024}")
-    # 2,048 tokens a step, and the rates that this batch wants: those of runcpu.sh, in which they are multiplied by sqrt(tokens)
     flags=(--aspect-ratio=32 --head-dim=32 --max-seq-len=128 --window-pattern=L --total-batch-size=2048 --lanes=8
-        --device-batch-size=$((16 / NPROC_PER_NODE)) --matrix-lr=0.32 --embedding-lr=4.8 --unembedding-lr=0.064 --scalar-lr=1.0
-        --weight-decay=0.02 --compile=off --eval-every=250 --eval-tokens=32768 --core-metric-every=999999 --core-metric-max-per-task=20
-        --sample-every=-1 --save-every=500)
+        --device-batch-size=$((16 / NPROC_PER_NODE)) --weight-decay=0.02 --compile=off --eval-every=250
+        --eval-tokens=32768 --core-metric-every=999999 --core-metric-max-per-task=20 --sample-every=-1 --save-every=500)
     ;;
 *)
     echo "SIZE must be gpu, cpu-3min or cpu-20min, got '$SIZE'" >&2

@@ -36,10 +36,12 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.preflight import check_collectives, check_data, check_disk, check_saving, check_steps, run_checks
 from nanochat.report import get_report, is_reported
 from nanochat.tokenizer import get_tokenizer, token_bytes_of
-from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, add_checkpoint_flags, check_loss,
-                               check_weights, collector_by_hand, compile_model, fitting_rows, grad_accum_steps, is_due,
-                               lr_multiplier, muon_momentum, number_problems, peak_flops, peak_memory_mib,
-                               refuse_changes, sample_prompts, set_schedule, training_horizon, try_evaluation)
+from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, add_checkpoint_flags,
+                               batch_for_horizon, check_loss, check_weights, collector_by_hand, compile_model,
+                               fitting_rows, grad_accum_steps, horizon_tokens, is_due, lr_multiplier, muon_momentum,
+                               number_problems, peak_flops, peak_memory_mib, rate_scale, refuse_changes, sample_prompts,
+                               set_schedule, training_horizon, try_evaluation)
+
 
 # Flags that change the mathematics of a run: a resumed run must have the saved values, of the first always.
 SHAPE = ("depth", "aspect_ratio", "head_dim")
@@ -48,7 +50,7 @@ FIXED_ON_RESUME = ("max_seq_len", "window_pattern", "num_iterations", "target_fl
                    "adam_beta1", "adam_beta2", "warmup_ratio", "warmdown_ratio", "final_lr_frac", "seed")
 
 
-def rows_or_auto(text):
+def size_or_auto(text):
     return text if text == "auto" else int(text)
 
 
@@ -75,11 +77,12 @@ def build_parser():
     add("--target-param-data-ratio", type=float, default=10.5,
         help="tokens per scaling parameter (block matrices + head, not the embeddings)")
     # optimization
-    add("--device-batch-size", type=rows_or_auto, default=32,
+    add("--device-batch-size", type=size_or_auto, default=32,
         help="rows per device and forward pass; auto = as many as fit into the memory")
     add("--recompute", action="store_true",
         help="make the activations of blocks again in the backward pass: a third more work, a fraction of the memory")
-    add("--total-batch-size", type=int, default=524288, help="tokens per optimizer step, all ranks together")
+    add("--total-batch-size", type=size_or_auto, default="auto",
+        help="tokens per optimizer step, all ranks together; auto = by the length of the run")
     add("--lanes", type=int, default=-1, help="data streams: they, not the ranks, decide the order; -1 = one per rank")
     add("--remainders", default="drop", choices=["drop", "requeue"],
         help="what is cut off a document at the end of a row: dropped, or used as a document of its own")
@@ -110,10 +113,10 @@ def build_parser():
 
 def check_args(args):
     """All that is wrong with the flags, as sentences."""
-    positive = ["depth", "aspect_ratio", "head_dim", "max_seq_len", "total_batch_size", "eval_tokens"]
-    positive += ["device_batch_size"] * (args.device_batch_size != "auto")
+    positive = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "total_batch_size", "device_batch_size",
+                "eval_tokens")
     problems = [f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
-                for name in positive if getattr(args, name) < 1]
+                for name in positive if getattr(args, name) != "auto" and getattr(args, name) < 1]
     if not problems:
         problems += config_problems(args)
     problems += number_problems(args)
@@ -127,11 +130,17 @@ def check_args(args):
 def config_problems(args):
     try:
         build_config(args, vocab_size=1)
-        rows = 1 if args.device_batch_size == "auto" else args.device_batch_size
-        grad_accum_steps(args.total_batch_size, rows, args.max_seq_len, int(os.environ.get("WORLD_SIZE", 1)))
+        if args.total_batch_size != "auto":
+            grad_accum_steps(args.total_batch_size, least_rows(args), args.max_seq_len,
+                             int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
         return [str(error)]
     return []
+
+
+def least_rows(args):
+    """Of a micro-batch, as far as it is known."""
+    return 1 if args.device_batch_size == "auto" else args.device_batch_size
 
 
 def build_config(args, vocab_size):
@@ -186,14 +195,19 @@ def peak_forecast(args, model, compute):
 
 
 def make_model(args, compute, vocab_size):
-    """(the model, its number of optimizer steps); settles an automatic --device-batch-size."""
+    """(the model, its number of optimizer steps); settles an automatic --total-batch-size and --device-batch-size."""
     model = build_model(build_config(args, vocab_size), compute, get_compute_dtype(compute.device, args.dtype))
     model.recompute = args.recompute
+    sizes = model.num_scaling_params()
+    horizon = args, model.estimate_flops(), sizes["transformer_matrices"] + sizes["lm_head"]
+    if args.total_batch_size == "auto":
+        args.total_batch_size = batch_for_horizon(
+            horizon_tokens(*horizon), least_rows(args) * args.max_seq_len * compute.ddp_world_size)
+        print0(f"Total batch size: {args.total_batch_size:,} tokens (auto: by the length of the run)")
     if args.device_batch_size == "auto":
         args.device_batch_size = fitting_rows(model, grad_accum_steps(
             args.total_batch_size, 1, args.max_seq_len, compute.ddp_world_size), compute, partial(warm_up, model))
-    sizes = model.num_scaling_params()
-    return model, training_horizon(args, model.estimate_flops(), sizes["transformer_matrices"] + sizes["lm_head"])
+    return model, training_horizon(*horizon)
 
 
 def preflight(args):
@@ -208,7 +222,7 @@ def preflight(args):
     accum_steps = grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len,
                                    compute.ddp_world_size)
     compiled = compile_model(model, args.compile, lambda: warm_up(model, args.device_batch_size))
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, args, num_steps)
     num_saved = args.keep_last if args.keep_last > 0 else 1 + num_steps // args.save_every * (args.save_every > 0)
 
     def data():
@@ -238,14 +252,20 @@ def scaled_weight_decay(args):
     return args.weight_decay * (12 / args.depth) ** 2
 
 
-def build_optimizer(model, args):
-    """Learning rates were tuned at 2^19 tokens a step; they scale with the square root of the batch."""
-    scale = (args.total_batch_size / 2**19) ** 0.5
-    print0(f"Learning rates scaled by {scale:.6f} for the batch size, weight decay to {scaled_weight_decay(args):.6f}")
+def build_optimizer(model, args, num_steps):
+    scale = rate_scale(args.total_batch_size, num_steps * args.total_batch_size)
+    print0(f"Learning rates scaled by {scale:.6f} for batch and length, weight decay to {scaled_weight_decay(args):.6f}")
     return model.setup_optimizer(
         unembedding_lr=args.unembedding_lr * scale, embedding_lr=args.embedding_lr * scale,
         matrix_lr=args.matrix_lr * scale, weight_decay=scaled_weight_decay(args),
         adam_betas=(args.adam_beta1, args.adam_beta2), scalar_lr=args.scalar_lr * scale)
+
+
+def follow_schedule(optimizer, step, num_steps, args):
+    """Set rates, momentum and decay for a step; returns the factor on the rates."""
+    multiplier = lr_multiplier(step, num_steps, args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac)
+    set_schedule(optimizer, multiplier, muon_momentum(step), scaled_weight_decay(args) * (1 - step / num_steps))
+    return multiplier
 
 
 def evaluate_val_bpb(model, tokenizer, args, compute, lanes):
@@ -353,8 +373,7 @@ def train(run, batches, num_steps, accum_steps):
             micro_batches = next(steps)
             loss = accumulate(model, ((x, y) for x, y, _ in micro_batches), args.total_batch_size, compute)
             check_loss(loss, step)
-            multiplier = lr_multiplier(step, num_steps, args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac)
-            set_schedule(optimizer, multiplier, muon_momentum(step), scaled_weight_decay(args) * (1 - step / num_steps))
+            multiplier = follow_schedule(optimizer, step, num_steps, args)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             compute.synchronize()
@@ -452,7 +471,7 @@ def main(argv=None):
 
     model, num_steps = make_model(args, compute, tokenizer.get_vocab_size())
     plan = print_plan(args, model, compute, num_steps)
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, args, num_steps)
     meta = None
     if resume_step is not None:
         meta = load_for_resume(folder, resume_step, args, model, optimizer, tokenizer, compute)

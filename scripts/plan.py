@@ -22,6 +22,7 @@ from nanochat.dataset import CROPPED, MAX_SHARD
 from nanochat.forecast import GPUS, Machine
 from nanochat.gpt import config_of_depth, count_params, flops_per_token, memory_forecast
 from nanochat.report import HOURLY_RATES
+from nanochat.training import batch_for_horizon
 
 CHARS_PER_TOKEN, CHARS_PER_SHARD = 4.8, 250e6 # see runs/speedrun.sh
 DEPTHS = range(2, 65)
@@ -50,7 +51,7 @@ def build_parser():
     add("--head-dim", type=int, default=128, help="width of an attention head")
     add("--window-pattern", default="SSSL", help="attention windows, as in base_train")
     add("--device-batch-size", type=int, help="rows per device and forward pass; default: the most that fit, up to 32")
-    add("--total-batch-size", type=int, default=524288, help="tokens per optimizer step")
+    add("--total-batch-size", type=int, help="tokens per optimizer step; default: by the length of the run, as base_train")
     add("--json", action="store_true", help="one JSON object instead of text")
     return parser
 
@@ -113,11 +114,13 @@ def memory_of(config, rows, machine):
 
 def batch_of(config, machine, args):
     """(rows of a micro-batch, tokens of a step): as many rows as fit; the tokens are a multiple of all ranks' rows."""
-    row = config.sequence_len * machine.ranks
+    row, sizes = config.sequence_len * machine.ranks, count_params(config)
+    wanted = args.total_batch_size or batch_for_horizon(
+        args.ratio * (sizes["transformer_matrices"] + sizes["lm_head"]), row)
     for rows in [args.device_batch_size] if args.device_batch_size else (32, 16, 8, 4, 2, 1):
         need = memory_of(config, rows, machine)["peak"]
-        if need <= machine.memory and (rows * row <= args.total_batch_size or rows == 1 or args.device_batch_size):
-            return rows, max(1, round(args.total_batch_size / (rows * row))) * rows * row
+        if need <= machine.memory and (rows * row <= wanted or rows == 1 or args.device_batch_size):
+            return rows, max(1, round(wanted / (rows * row))) * rows * row
     raise ValueError(f"depth {config.n_layer} with {rows} rows of {config.sequence_len:,} tokens needs "
                      f"{need / 2**30:.1f} GiB, and {machine.name} has {machine.memory / 2**30:.1f}: choose a smaller "
                      "--depth, --device-batch-size or --seq-len, or a GPU with more memory")
@@ -159,7 +162,7 @@ def commands(found, machine, args):
     shape = {"depth": (found["depth"], 20), "target-param-data-ratio": (args.ratio, 10.5), "dtype": (args.dtype, ""),
              "max-seq-len": (args.seq_len, 2048), "head-dim": (args.head_dim, 128),
              "window-pattern": (args.window_pattern, "SSSL"), "device-batch-size": (found["device_batch_size"], 32),
-             "total-batch-size": (found["total_batch_size"], 524288)} # and the defaults of base_train
+             "total-batch-size": (found["total_batch_size"], None)} # and the defaults of base_train
     flags = " ".join(f"--{name}={value}" for name, (value, default) in shape.items() if value != default)
     separator, tag = "" if machine.ranks == 1 else "-- ", f"--model-tag=d{found['depth']}"
     return ["python -m nanochat.report reset", f"python -m nanochat.dataset -n {found['shards']} --prepare",

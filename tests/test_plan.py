@@ -31,7 +31,7 @@ def refusal(capsys, *flags):
 
 def test_the_hundred_dollar_tier(capsys):
     """Figures of spec 6.1 for today's d20 at ratio 20: 8.70B tokens, 3.004e9 and 2.61e19 FLOPs, 257 shards."""
-    found = run(capsys, "--depth=20", "--ratio=20")
+    found = run(capsys, "--depth=20", "--ratio=20", "--total-batch-size=524288")
     assert found["parameters"]["total"] == 896_535_720 and found["flops_per_token"] == pytest.approx(3.004e9, rel=1e-3)
     assert found["tokens"] == pytest.approx(8.70e9, rel=1e-3) and found["flops"] == pytest.approx(2.61e19, rel=2e-3)
     assert found["steps"] == 16_600 and found["accumulation"] * found["device_batch_size"] == 32

@@ -1,0 +1,167 @@
+"""
+Time to quality: how long base_train takes to be as good as the plain reference is after 20 minutes.
+
+    python -m nanochat.dataset --from corpus/*.parquet && python -m scripts.tok_train --vocab-size=8192
+    python -m dev.bench_quality                   depth 4, T 512: 45 minutes on 2 cores
+    python -m dev.bench_quality --minutes 2 --pilot-minutes 0.5 --batches 16
+
+Needs a base directory with shards and a tokenizer. Both train on the same shards and are judged on the same validation
+tokens. The reference (dev/baseline.py, its rates falling to 0 over the last 40 % of its steps) first shows in short runs
+which of the --batches suits it. Then it trains for --minutes, and in turns with it, so that all have the same machine,
+runs with base_train's defaults that have --fractions of that time. Time is that of steps alone. The last line is JSON:
+`ratio` is the time of the shortest of our runs that came as far over the reference's; null if none did.
+"""
+import argparse
+import json
+import math
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+from dev import baseline
+from dev.bench_train import CPU, seconds
+from nanochat.common import get_compute_dtype, run_main
+from nanochat.dataloader import first_rows, pretraining_loader
+from nanochat.gpt import count_params
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.tokenizer import get_tokenizer, token_bytes_of
+from nanochat.training import accumulate, compile_model, lr_multiplier
+from scripts import base_train
+
+ROWS = 16 # of a micro-batch
+
+
+class Reference:
+    """dev/baseline.py with data, a schedule, and its losses for evaluate_bpb."""
+
+    def __init__(self, args, tokenizer, num_rows):
+        width = -(-args.depth * 64 // 128) * 128
+        torch.manual_seed(42)
+        self.model = baseline.Model(tokenizer.get_vocab_size(), args.depth, width // 128, width, args.seq_len, "L")
+        self.optimizer, self.compiled = baseline.Optimizer(self.model, width), torch.compile(self.model, dynamic=False)
+        self.rates = self.optimizer.adamw, self.optimizer.matrix_lr, 0.2 * (12 / args.depth) ** 2
+        self.data = pretraining_loader(tokenizer, num_rows, args.seq_len, "train", device="cpu")
+
+    def batch(self):
+        return next(self.data)[:2]
+
+    def update(self, batch, step, num_steps):
+        lr, (adamw, matrix_lr, weight_decay) = lr_multiplier(step, num_steps), self.rates
+        self.optimizer.adamw = [(params, rate * lr, betas) for params, rate, betas in adamw]
+        self.optimizer.matrix_lr, self.optimizer.weight_decay = matrix_lr * lr, weight_decay * (1 - step / num_steps)
+        self.compiled(*batch).backward()
+        self.optimizer.step()
+
+    def get_device(self):
+        return torch.device("cpu")
+
+    def __call__(self, x, y, loss_reduction):
+        seen = []
+        hook = self.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        self.model(x, y)
+        hook.remove()
+        logits = 15 * torch.tanh(seen[0][..., :self.model.vocab_size] / 15)
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction=loss_reduction)
+
+
+class Ours:
+    """The loop of base_train with its defaults for a run of so many tokens, but for sizes and --flags."""
+
+    def __init__(self, args, tokenizer, num_tokens):
+        shape = [f"--depth={args.depth}", f"--max-seq-len={args.seq_len}", f"--device-batch-size={ROWS}"]
+        self.args = base_train.build_parser().parse_args([*shape, *args.flags.split()])
+        sizes = count_params(base_train.build_config(self.args, tokenizer.get_vocab_size()))
+        self.args.target_param_data_ratio = num_tokens / (sizes["transformer_matrices"] + sizes["lm_head"])
+        torch.manual_seed(42)
+        self.model, self.num_steps = base_train.make_model(self.args, CPU, tokenizer.get_vocab_size())
+        self.optimizer = base_train.build_optimizer(self.model, self.args, self.num_steps)
+        print(compile_model(self.model, "auto", lambda: base_train.warm_up(self.model, ROWS)))
+        self.data = pretraining_loader(tokenizer, ROWS, args.seq_len, "train", device="cpu",
+                                       requeue=self.args.remainders == "requeue")
+
+    def batch(self):
+        count = self.args.total_batch_size // (ROWS * self.args.max_seq_len)
+        return [next(self.data)[:2] for _ in range(count)]
+
+    def update(self, batch, step, num_steps):
+        accumulate(self.model, batch, self.args.total_batch_size, CPU)
+        base_train.follow_schedule(self.optimizer, step, num_steps, self.args)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+# -----------------------------------------------------------------------------
+# Runs side by side
+
+def speed(trainee, tokens):
+    """Seconds per token of a trainee that is not needed afterwards."""
+    batch = trainee.batch()
+    return statistics.median(seconds(lambda: trainee.update(batch, 0, 100)) for _ in range(5)) / tokens
+
+
+def train(runs):
+    """Take the steps of [(trainee, num_steps)] in turns, so that all end together; returns the seconds of each."""
+    spent, done = [0.0] * len(runs), [0] * len(runs)
+    while any(count < num_steps for count, (_, num_steps) in zip(done, runs)):
+        i = min(range(len(runs)), key=lambda i: done[i] / runs[i][1])
+        trainee, num_steps = runs[i]
+        batch = trainee.batch()
+        spent[i] += seconds(lambda: trainee.update(batch, done[i], num_steps))
+        done[i] += 1
+    return spent
+
+
+def validation_bpb(model, tokenizer, args):
+    num_rows = args.eval_tokens // args.seq_len
+    batches = first_rows(pretraining_loader(tokenizer, ROWS, args.seq_len, "val", device="cpu"), num_rows, 0, 1)
+    return evaluate_bpb(model, batches, -(-num_rows // ROWS), token_bytes_of(tokenizer))
+
+
+def reference_at(num_rows, args, tokenizer, minutes, per_token):
+    """(a fresh reference, its number of steps in so many minutes)"""
+    return Reference(args, tokenizer, num_rows), round(60 * minutes / (per_token * num_rows * args.seq_len))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    add = parser.add_argument
+    add("--depth", type=int, default=4)
+    add("--seq-len", type=int, default=512)
+    add("--minutes", type=float, default=20, help="steps of the reference")
+    add("--pilot-minutes", type=float, default=2, help="steps of the reference for each of the batches")
+    add("--batches", type=int, nargs="+", default=[16, 32, 64], help="rows of a step of the reference, to choose from")
+    add("--fractions", type=float, nargs="+", default=[0.3, 0.45], help="of the reference's time, for our runs")
+    add("--flags", default="", help="of base_train for our runs, as one string; default: none")
+    add("--eval-tokens", type=int, default=524288)
+    args = parser.parse_args(argv)
+    tokenizer = get_tokenizer()
+    batches = {}
+    for num_rows in args.batches:
+        per_token = speed(Reference(args, tokenizer, num_rows), num_rows * args.seq_len)
+        batches[num_rows] = per_token, math.inf
+        if len(args.batches) > 1:
+            pilot = reference_at(num_rows, args, tokenizer, args.pilot_minutes, per_token)
+            train([pilot])
+            batches[num_rows] = per_token, validation_bpb(pilot[0], tokenizer, args)
+            print(f"reference, {num_rows} rows a step, {pilot[1]} steps: bpb {batches[num_rows][1]:.4f}", flush=True)
+    best = min(batches, key=lambda num_rows: batches[num_rows][1])
+    runs = [reference_at(best, args, tokenizer, args.minutes, batches[best][0])]
+    example = Ours(args, tokenizer, 1e7)
+    per_token = speed(example, example.args.total_batch_size)
+    for fraction in args.fractions:
+        trainee = Ours(args, tokenizer, 60 * args.minutes * fraction / per_token)
+        runs.append((trainee, trainee.num_steps))
+    spent, names = train(runs), [f"reference, {best} rows a step"]
+    names += [f"ours, {trainee.args.total_batch_size // args.seq_len} rows a step" for trainee, _ in runs[1:]]
+    bpbs = [validation_bpb(trainee if i == 0 else trainee.model, tokenizer, args) for i, (trainee, _) in enumerate(runs)]
+    for name, (_, num_steps), time_spent, bpb in zip(names, runs, spent, bpbs):
+        print(f"{name:30} {num_steps:6} steps {time_spent / 60:6.2f} minutes ({time_spent / spent[0]:.3f}) bpb {bpb:.4f}")
+    as_good = [time_spent / spent[0] for time_spent, bpb in zip(spent[1:], bpbs[1:]) if bpb <= bpbs[0]]
+    print(json.dumps({"ratio": round(min(as_good), 3) if as_good else None, "reference_rows": best,
+                      "seconds": [round(each, 1) for each in spent], "bpb": [round(each, 5) for each in bpbs],
+                      "steps": [num_steps for _, num_steps in runs], "depth": args.depth, "seq_len": args.seq_len}))
+
+
+if __name__ == "__main__":
+    run_main(main)
