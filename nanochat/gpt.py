@@ -212,20 +212,22 @@ class SummedLoss(torch.autograd.Function):
     Sum of the token losses, with gradients taken chunk by chunk already in the forward pass.
 
     Possible because the gradient of a sum does not depend on what comes after it but for one factor. Exact: the same
-    operations as on the full logits. `losses_fn` is `token_losses`, compiled or not.
+    operations as on the full logits. `losses_fn` is `token_losses`, compiled or not. Rows of `weight` from
+    `vocab_size` on take no part. Gradients of the head are large, so none is made twice: backward scales them in place.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, losses_fn):
+    def forward(ctx, x, weight, vocab_size, targets, losses_fn):
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        leaf = weight.detach().requires_grad_()
-        for rows in chunks_of(x, weight.size(0)):
+        leaf = weight.detach()[:vocab_size].to(x.dtype).requires_grad_() # cast once, not for every chunk
+        for rows in chunks_of(x, vocab_size):
             chunk = x[rows].detach().requires_grad_()
             with torch.enable_grad():
                 loss = losses_fn(chunk, leaf, targets[rows]).sum()
             grad_x[rows], grad = torch.autograd.grad(loss, (chunk, leaf))
-            grad_weight += grad
+            grad_weight[:vocab_size] += grad
+            del grad
             total += loss.detach()
         ctx.save_for_backward(grad_x, grad_weight)
         return total
@@ -233,7 +235,8 @@ class SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None
+        grad_x.mul_(grad_total.to(grad_x.dtype)) # a second backward would raise RuntimeError
+        return grad_x, grad_weight.mul_(grad_total.to(grad_weight.dtype)), None, None, None
 
 # -----------------------------------------------------------------------------
 
@@ -391,7 +394,7 @@ class GPT(nn.Module):
             loss = torch.cat([losses_fn(x[rows], head, targets[rows]) for rows in chunks_of(x, head.size(0))])
             loss = loss if loss_reduction == "none" else loss.sum()
         else:
-            loss = SummedLoss.apply(x, head, targets, self.losses_fn)
+            loss = SummedLoss.apply(x, self.lm_head.weight, head.size(0), targets, self.losses_fn)
         if loss_reduction in ("none", "sum"):
             return loss
         return loss / (targets != -1).sum()
