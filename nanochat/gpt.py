@@ -550,8 +550,9 @@ def memory_forecast(config, rows, device_type="cuda", dtype_bytes=2, world_size=
     layer, inputs = (tokens * dtype_bytes * size for size in (16 * C + 3.5 * kv_dim, 2 * C + 0.5 * kv_dim))
     kept = layer + (L - 1) * (inputs if recompute else layer) + tokens * C * (4 + 2 * dtype_bytes)
     short = device_type == "cpu" and config.sequence_len <= 1024
-    kept_scores = tokens * config.n_head * 0.625 * config.sequence_len * dtype_bytes * short
-    head = config.vocab_size * C * (10 if dtype_bytes == 2 else 8) # gradient, its sum over the chunks, a copy in bf16
+    score_bytes = 6 if dtype_bytes == 2 else 4 # in fp32 for the softmax, in bf16 for the product with v
+    kept_scores = tokens * config.n_head * 0.625 * config.sequence_len * score_bytes * short
+    head = config.vocab_size * C * 8 # the gradient of a chunk, their sum in fp32, and in bf16 a copy of the weights
     logits = min(tokens, chunk_rows(config.vocab_size, device_type)) * config.vocab_size
     parts = {
         "weights": weights,
