@@ -1,12 +1,12 @@
 """
-Peak memory of a training step, and the time from nothing to the end of the first one, against the plain reference.
+Peak memory of a training step against the plain reference.
 
     python -m dev.bench_memory                      depth 6, V 32,768, 32 rows of 512 tokens: about 4 minutes
     python -m dev.bench_memory --device-batch-size 4
 
 Each of the two takes --steps whole steps in a process of its own, with a compiler cache of its own, which is empty; in
 turns, --turns times. Memory is the largest resident set of the process, in MiB, torch itself (about 250) included. The
-last line is JSON: `ratio` is our peak over the reference's, `startup` our time to the end of the first step over its.
+last line is JSON: `ratio` is our peak over the reference's.
 """
 import argparse
 import json
@@ -22,18 +22,17 @@ from nanochat.common import run_main
 
 def measure(args):
     """In the process itself: take the steps and print what they took."""
-    began = time.perf_counter()
-    import resource
+    import psutil
 
-    from dev.bench_train import make_ours, make_reference, shapes_of
+    from dev.bench_train import CPU, make_ours, make_reference, shapes_of
+    from nanochat.training import peak_memory_mib
     width, batch = shapes_of(args)
     step = make_ours(args, width, batch)[0] if args.only == "ours" else make_reference(args, width, batch)
     seconds = []
     for _ in range(args.steps):
         step()
-        seconds.append(time.perf_counter() - began)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) # KiB on Linux
-    print(json.dumps({"first_step": seconds[0], "MiB": peak / 2**20}))
+        seconds.append(time.time() - psutil.Process().create_time())
+    print(json.dumps({"first_step": seconds[0], "MiB": peak_memory_mib(CPU)}))
 
 
 def run_alone(who, argv):
@@ -44,12 +43,13 @@ def run_alone(who, argv):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(argv=None):
+def compare(key, steps, doc, argv=None):
+    """A whole benchmark: measure both as the flags say, print both, and last the ratio of their `key` as JSON."""
     from dev.bench_train import add_shape_flags
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser = argparse.ArgumentParser(description=doc.strip().split("\n")[0])
     add_shape_flags(parser, depth=6, vocab_size=32768, batch_size=32, device_batch_size=32)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--only", choices=["ours", "reference"], help="measure this process and no other")
     args = parser.parse_args(argv)
@@ -59,15 +59,14 @@ def main(argv=None):
     found = {"ours": [], "reference": []}
     for _ in range(args.turns):
         for who, figures in found.items():
-            figures.append(run_alone(who, argv))
-    medians = {who: {key: statistics.median(one[key] for one in figures) for key in figures[0]}
+            figures.append(run_alone(who, [f"--steps={steps}", *argv]))
+    medians = {who: {name: statistics.median(one[name] for one in figures) for name in figures[0]}
                for who, figures in found.items()}
     for who, median in medians.items():
         print(f"{who:10} peak {median['MiB']:8,.0f} MiB, first step after {median['first_step']:6.1f} s")
-    ratios = {key: round(medians["ours"][key] / medians["reference"][key], 3) for key in medians["ours"]}
-    print(json.dumps({"ratio": ratios["MiB"], "startup": ratios["first_step"], **medians,
+    print(json.dumps({"ratio": round(medians["ours"][key] / medians["reference"][key], 3), **medians,
                       "depth": args.depth, "batch_size": args.batch_size, "device_batch_size": args.device_batch_size}))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: compare("MiB", 2, __doc__))

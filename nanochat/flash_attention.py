@@ -297,22 +297,22 @@ def _products_in_blocks(q, k, v, left, mask=None):
 
     mask  (B, 1, T, T), added to the scores, with the window in it; None: `left` alone counts
     """
-    T, copies = q.size(1), q.size(2) // k.size(2)
+    T, copies, heads = q.size(1), q.size(2) // k.size(2), (q.size(0), q.size(2))
     k, v = (part.repeat_interleave(copies, dim=2) if copies > 1 else part for part in (k, v))
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v)) # (B, H, T, D)
+    q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v)) # (B H, T, D): slices of it are no copies
     left = T if left < 0 else left
     size, blocks = max(64, min(T, left) // 4), []
     for start in range(0, T, size):
         end, first = min(start + size, T), max(0, start - left)
-        scores = (q[:, :, start:end] @ k[:, :, first:end].mT) * q.size(-1)**-0.5
+        scores = (q[:, start:end] @ k[:, first:end].mT) * q.size(-1)**-0.5
         scores = scores.to(torch.promote_types(q.dtype, torch.float32))
         if mask is None:
             visible = _window_mask(end - start, end - first, start - first, left if left < T else -1, 0, q.device)
             scores = scores.masked_fill(~visible, -torch.inf)
         else:
-            scores = scores + mask[:, :, start:end, first:end]
-        blocks.append(scores.softmax(-1).to(v.dtype) @ v[:, :, first:end])
-    return torch.cat(blocks, dim=2).transpose(1, 2)
+            scores = (scores.unflatten(0, heads) + mask[:, :, start:end, first:end]).flatten(0, 1)
+        blocks.append(scores.softmax(-1).to(v.dtype) @ v[:, first:end])
+    return torch.cat(blocks, dim=1).unflatten(0, heads).transpose(1, 2)
 
 
 def _window_mask(q_len, k_len, offset, left, right, device):

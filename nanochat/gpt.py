@@ -212,20 +212,22 @@ class SummedLoss(torch.autograd.Function):
     Sum of the token losses, with gradients taken chunk by chunk already in the forward pass.
 
     Possible because the gradient of a sum does not depend on what comes after it but for one factor. Exact: the same
-    operations as on the full logits. `losses_fn` is `token_losses`, compiled or not.
+    operations as on the full logits. `losses_fn` is `token_losses`, compiled or not. Rows of `weight` from
+    `vocab_size` on take no part. Gradients of the head are large, so none is made twice: backward scales them in place.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, losses_fn):
+    def forward(ctx, x, weight, vocab_size, targets, losses_fn):
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        leaf = weight.detach().requires_grad_()
-        for rows in chunks_of(x, weight.size(0)):
+        leaf = weight.detach()[:vocab_size].to(x.dtype).requires_grad_() # cast once, not for every chunk
+        for rows in chunks_of(x, vocab_size):
             chunk = x[rows].detach().requires_grad_()
             with torch.enable_grad():
                 loss = losses_fn(chunk, leaf, targets[rows]).sum()
             grad_x[rows], grad = torch.autograd.grad(loss, (chunk, leaf))
-            grad_weight += grad
+            grad_weight[:vocab_size] += grad
+            del grad
             total += loss.detach()
         ctx.save_for_backward(grad_x, grad_weight)
         return total
@@ -233,7 +235,8 @@ class SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None
+        grad_x.mul_(grad_total.to(grad_x.dtype)) # a second backward would raise RuntimeError
+        return grad_x, grad_weight.mul_(grad_total.to(grad_weight.dtype)), None, None, None
 
 # -----------------------------------------------------------------------------
 
@@ -391,7 +394,7 @@ class GPT(nn.Module):
             loss = torch.cat([losses_fn(x[rows], head, targets[rows]) for rows in chunks_of(x, head.size(0))])
             loss = loss if loss_reduction == "none" else loss.sum()
         else:
-            loss = SummedLoss.apply(x, head, targets, self.losses_fn)
+            loss = SummedLoss.apply(x, self.lm_head.weight, head.size(0), targets, self.losses_fn)
         if loss_reduction in ("none", "sum"):
             return loss
         return loss / (targets != -1).sum()
@@ -547,8 +550,9 @@ def memory_forecast(config, rows, device_type="cuda", dtype_bytes=2, world_size=
     layer, inputs = (tokens * dtype_bytes * size for size in (16 * C + 3.5 * kv_dim, 2 * C + 0.5 * kv_dim))
     kept = layer + (L - 1) * (inputs if recompute else layer) + tokens * C * (4 + 2 * dtype_bytes)
     short = device_type == "cpu" and config.sequence_len <= 1024
-    kept_scores = tokens * config.n_head * 0.625 * config.sequence_len * dtype_bytes * short
-    head = config.vocab_size * C * (10 if dtype_bytes == 2 else 8) # gradient, its sum over the chunks, a copy in bf16
+    score_bytes = 6 if dtype_bytes == 2 else 4 # in fp32 for the softmax, in bf16 for the product with v
+    kept_scores = tokens * config.n_head * 0.625 * config.sequence_len * score_bytes * short
+    head = config.vocab_size * C * 8 # the gradient of a chunk, their sum in fp32, and in bf16 a copy of the weights
     logits = min(tokens, chunk_rows(config.vocab_size, device_type)) * config.vocab_size
     parts = {
         "weights": weights,
