@@ -146,9 +146,9 @@ def batch_for_horizon(num_tokens, multiple):
     Tokens of an optimizer step for a run of num_tokens: a power of two, then rounded to a multiple of `multiple`.
 
     The best batch grows with the tokens of the run, D^0.383 (Bergsma et al. 2025, https://arxiv.org/abs/2505.13738). At
-    most 2^20, as whether more is any good is not known, and small enough for some 250 steps (dev/LOG.md).
+    most 2^20, as whether more is any good is not known, and small enough for some 500 steps (dev/LOG.md).
     """
-    batch = min(2**20, REFERENCE_BATCH * (num_tokens / REFERENCE_TOKENS) ** 0.383, max(1, num_tokens / 250))
+    batch = min(2**20, REFERENCE_BATCH * (num_tokens / REFERENCE_TOKENS) ** 0.383, max(1, num_tokens / 500))
     return max(1, round(2 ** round(math.log2(batch)) / multiple)) * multiple
 
 
