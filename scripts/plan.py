@@ -165,10 +165,11 @@ def commands(found, machine, args):
              "total-batch-size": (found["total_batch_size"], 524288)} # and the defaults of base_train
     flags = " ".join(f"--{name}={value}" for name, (value, default) in shape.items() if value != default)
     separator, tag = "" if machine.ranks == 1 else "-- ", f"--model-tag=d{found['depth']}"
+    stages = (("base_train", flags), ("base_loss", tag), ("base_eval", tag))
     return ["python -m nanochat.report reset", f"python -m nanochat.dataset -n {found['shards']} --prepare",
             f"python -m scripts.tok_train --vocab-size={args.vocab_size}",
-            f"{start} scripts.base_train {separator}{flags}".rstrip(" -"), f"{start} scripts.base_loss {separator}{tag}",
-            f"{start} scripts.base_eval {separator}{tag}", "python -m nanochat.report generate"]
+            *(f"{start} scripts.{name} {separator}{given}".rstrip(" -") for name, given in stages),
+            "python -m nanochat.report generate"]
 
 
 def find_plan(machine, args):
