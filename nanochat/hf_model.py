@@ -97,7 +97,7 @@ def load_hf_model(hf_path, device, dtype):
     except Exception as error: # the library raises many kinds; what can be done is the same
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"cannot load {hf_path} ({type(error).__name__}: {reason}): --hf-path must name a causal "
-                        "language model on the hub, which has to be in reach, or a local folder with one") from error
+                        "language model without own code, in a folder or on the hub (import our exports)") from error
     if lacking := [str(key) for kind in ("missing_keys", "mismatched_keys") for key in flaws[kind]]:
         raise UserError(f"{hf_path} is no whole causal language model: it lacks {min(lacking)}")
     backend = getattr(loaded, "backend_tokenizer", None)

@@ -508,6 +508,11 @@ def test_an_export_can_be_trained_and_saved(theirs, exported, tmp_path):
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
     assert torch.equal(again(ids).logits, theirs(ids).logits)
+    transformers.AutoTokenizer.from_pretrained(exported, trust_remote_code=True).save_pretrained(tmp_path)
+    shutil.copy(Path(exported, "nanochat_meta.json"), tmp_path)
+    hf_model.main(["import", str(tmp_path), "--source", "rl", "--model-tag", "trained"])
+    back, saved = (load_checkpoint(checkpoint_dir(*name), 7, "cpu")[0] for name in (("rl", "trained"), ("sft", "d4")))
+    assert all(torch.equal(back[key][:1500].float(), tensor[:1500].float()) for key, tensor in saved.items())
     half = transformers.AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True, dtype=torch.bfloat16)
     assert half.gpt.resid_lambdas.dtype == torch.float32 and half.gpt.lm_head.weight.dtype == torch.bfloat16
     logits = half.eval()(ids).logits
