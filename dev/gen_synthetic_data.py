@@ -57,11 +57,14 @@ def build_prompt(index, args, lists):
 
 
 def parse_conversation(content):
-    """The messages in a completion, with role and content alone; ValueError when they would not do for training."""
+    """
+    The messages in a completion, with role and content alone; ValueError when they would not do for training, as when
+    the JSON has half of a surrogate pair, which is no text.
+    """
     start, end = content.find("{"), content.rfind("}") # models like to fence and explain their JSON
     messages = json.loads(content[start:end + 1]).get("messages")
     check_messages(messages, "the completion")
-    if messages[-1]["role"] != "assistant" or not all(message["content"].strip() for message in messages):
+    if messages[-1]["role"] != "assistant" or not all(message["content"].strip().encode() for message in messages):
         raise ValueError("the last message must be the assistant's, and none empty")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 

@@ -15,11 +15,10 @@ import os
 import sys
 
 import numpy as np
-import torch
 
 from nanochat.checkpoint_manager import checkpoint_dir, find_last_step
 from nanochat.common import UserError, atomic_write, read_json, run_main
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig, count_params, flops_per_token
 from nanochat.report import read_curves
 from nanochat.training import training_horizon
 
@@ -37,11 +36,9 @@ def measure(tag):
     step = find_last_step(folder)
     meta = read_json(os.path.join(folder, f"meta_{step:06d}.json"), model_config=dict, user_config=dict)
     args, config = argparse.Namespace(**meta["user_config"]), GPTConfig(**meta["model_config"])
-    with torch.device("meta"):
-        model = GPT(config)
-    sizes = model.num_scaling_params()
+    sizes = count_params(config)
     scaling = sizes["transformer_matrices"] + sizes["lm_head"]
-    num_steps = training_horizon(args, model.estimate_flops(), scaling)
+    num_steps = training_horizon(args, flops_per_token(config, sizes), scaling)
     curves = read_curves(os.path.join(folder, "metrics.jsonl"))
     end = {key: dict(zip(*curve)).get(step, "") for key, curve in curves.items()}
     if step != num_steps or not math.isfinite(end.get("val/bpb") or math.nan):
@@ -52,7 +49,7 @@ def measure(tag):
             "model_dim": config.n_embd, **{f"params_{name.removesuffix('_matrices')}": sizes[name] for name in PARAMS},
             "num_params": sizes["total"], "num_scaling_params": scaling, "num_iterations": num_steps,
             "tokens_trained": tokens, "param_data_ratio": round(tokens / scaling, 4), "val_bpb": end["val/bpb"],
-            "core_score": end.get("core_metric", ""), "train_time_sec": round(end["total_training_time"], 3)}
+            "core_score": end.get("core_metric", ""), "train_time_sec": end.get("total_training_time", "")}
 
 
 def write_table(tags, path):
@@ -61,7 +58,7 @@ def write_table(tags, path):
     for tag in tags:
         try:
             rows.append(measure(tag))
-        except (UserError, OSError) as error:
+        except (UserError, OSError, ValueError) as error: # the last: a file that is broken
             missing.append(str(error))
     rows.sort(key=lambda row: (row["flops_budget"] or 0, row["depth"]))
     if rows: # else a table that is there stays as it is

@@ -97,7 +97,7 @@ def load_hf_model(hf_path, device, dtype):
     except Exception as error: # the library raises many kinds; what can be done is the same
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"cannot load {hf_path} ({type(error).__name__}: {reason}): --hf-path must name a causal "
-                        "language model on the hub, which has to be in reach, or a local folder with one") from error
+                        "language model without own code, in a folder or on the hub (import our exports)") from error
     if lacking := [str(key) for kind in ("missing_keys", "mismatched_keys") for key in flaws[kind]]:
         raise UserError(f"{hf_path} is no whole causal language model: it lacks {min(lacking)}")
     backend = getattr(loaded, "backend_tokenizer", None)
@@ -118,7 +118,8 @@ def _is_native(model):
     """Is it, in mathematics, the NanoChat class of `transformers`? Scalars that change nothing do not count."""
     neutral = model.resid_lambdas is None or bool((model.resid_lambdas == 1).all() and (model.x0_lambdas == 0).all())
     is_full = all(left == model.config.sequence_len for left, _ in model.window_sizes)
-    return neutral and is_full and not model.value_embeds
+    rest = gpt.GPTConfig(*[*vars(model.config).values()][:7]) == model.config # that class knows the first seven fields
+    return neutral and is_full and rest and not model.value_embeds
 
 
 def _exported_name(key, native):

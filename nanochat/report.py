@@ -179,7 +179,7 @@ def read_curves(path):
             try:
                 record = json.loads(line)
                 step = int(record["step"])
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, OverflowError):
                 continue
             for key, value in record.items():
                 if isinstance(value, (int, float)) and key != "step":
@@ -248,11 +248,11 @@ def summarize_run(file):
     """What a metrics.jsonl and the newest meta file beside it say of a run, as a row of the table."""
     curves = read_curves(file)
     metas = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(file)), "meta_*.json"))) # none before it saves
-    row = {"depth": read_json(metas[-1]).get("model_config", {}).get("n_layer", "-")} if metas else {}
+    row = {"depth": read_json(metas[-1], model_config=dict)["model_config"].get("n_layer", "-")} if metas else {}
     row |= {"last step": max((steps[-1] for steps, _ in curves.values()), default=0)}
     row |= {f"last {key}": curves[key][1][-1] for key in CURVES if key in curves}
     if "val/bpb" in curves:
-        row["least val/bpb"] = min(curves["val/bpb"][1])
+        row["least val/bpb"] = min(curves["val/bpb"][1], key=lambda bpb: (bpb != bpb, bpb)) # NaN is no minimum
     if "total_training_time" in curves:
         row["minutes"] = curves["total_training_time"][1][-1] / 60
     return row

@@ -22,6 +22,7 @@ from nanochat.dataset import CROPPED, MAX_SHARD
 from nanochat.forecast import GPUS, Machine
 from nanochat.gpt import config_of_depth, count_params, flops_per_token, memory_forecast
 from nanochat.report import HOURLY_RATES
+from nanochat.tokenizer import MIN_VOCAB_SIZE
 from nanochat.training import batch_for_horizon
 
 CHARS_PER_TOKEN, CHARS_PER_SHARD = 4.8, 250e6 # see runs/speedrun.sh
@@ -62,6 +63,8 @@ def check_args(args):
     problems = [f"give one of --depth, --dollars, --hours and --core, got {len(goals)}"] * (len(goals) > 1)
     problems += [f"--{name.replace('_', '-')} must be a positive number, got {value}" for name, value in
                  vars(args).items() if type(value) in (int, float) and not 0 < value < math.inf]
+    if args.vocab_size < MIN_VOCAB_SIZE:
+        problems.append(f"--vocab-size must be at least {MIN_VOCAB_SIZE}, got {args.vocab_size}")
     if not args.here and args.gpu.lower() not in GPUS and not (args.peak_flops and args.bandwidth):
         problems.append(f"--gpu must be one of {', '.join(GPUS)}, got {args.gpu!r}; for another give --peak-flops and "
                         "--bandwidth")
@@ -165,10 +168,11 @@ def commands(found, machine, args):
              "total-batch-size": (found["total_batch_size"], None)} # and the defaults of base_train
     flags = " ".join(f"--{name}={value}" for name, (value, default) in shape.items() if value != default)
     separator, tag = "" if machine.ranks == 1 else "-- ", f"--model-tag=d{found['depth']}"
+    stages = (("base_train", flags), ("base_loss", tag), ("base_eval", tag))
     return ["python -m nanochat.report reset", f"python -m nanochat.dataset -n {found['shards']} --prepare",
             f"python -m scripts.tok_train --vocab-size={args.vocab_size}",
-            f"{start} scripts.base_train {separator}{flags}", f"{start} scripts.base_loss {separator}{tag}",
-            f"{start} scripts.base_eval {separator}{tag}", "python -m nanochat.report generate"]
+            *(f"{start} scripts.{name} {separator}{given}".rstrip(" -") for name, given in stages),
+            "python -m nanochat.report generate"]
 
 
 def find_plan(machine, args):
@@ -207,7 +211,7 @@ def show(plan):
     print("Memory of a rank, GiB")
     for name, size in plan["memory"].items():
         print(f"  {name:30} {size / 2**30:17.2f}")
-    print("Quality, on FineWeb-Edu\n  " + (
+    print("Quality of the published recipe, on FineWeb-Edu\n  " + (
         f"bpb {plan['bpb']:.4f} +- {plan['bpb_spread']:.4f}, CORE {plan['core']:.3f} +- {plan['core_spread']:.3f}"
         if plan["bpb"] is not None else "too far from the published runs to be forecast"))
     print("Commands", *plan["commands"], sep="\n  ")

@@ -17,6 +17,7 @@ BAD = { # replies that a model really gives, and that would not do
     "ends with the user": json.dumps({"messages": GOOD["messages"] + GOOD["messages"][:1]}),
     "roles": json.dumps({"messages": [{"role": "assistant", "content": "x"}] * 2}),
     "blank": json.dumps({"messages": [GOOD["messages"][0], {"role": "assistant", "content": " "}]}),
+    "half a character": json.dumps({"messages": [GOOD["messages"][0], {"role": "assistant", "content": "\ud83d"}]}),
     "numbers": json.dumps({"messages": [GOOD["messages"][0], {"role": "assistant", "content": 5}]})}
 
 

@@ -416,6 +416,8 @@ def test_logits_of_an_export(ours, theirs):
     assert (out.logits - expected).abs().max() < 1e-4 and expected.std() > 0.5
     loss = F.cross_entropy(expected[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     assert out.loss.item() == pytest.approx(loss.item(), abs=1e-5)
+    summed = theirs(ids, labels=labels, num_items_in_batch=10, return_dict=False)[0] # as a Trainer calls it
+    assert summed.item() == pytest.approx(loss.item() * (labels[:, 1:] != -100).sum().item() / 10, rel=1e-5)
     assert torch.equal(theirs(ids, logits_to_keep=2).logits, out.logits[:, -2:])
     assert torch.equal(theirs(ids, logits_to_keep=torch.tensor([4, 9])).logits, out.logits[:, [4, 9]])
 
@@ -465,6 +467,25 @@ def test_generation_in_a_padded_batch(ours, theirs, exported, tokenizer, setting
         assert row[-40:] == expected
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_cache": False}], ids=str)
+def test_generation_after_padding_on_the_right(ours, theirs, settings):
+    """What `transformers` warns of: here an answer goes on behind its own prompt all the same."""
+    rows, T = [random_ids(1, length, seed=length) for length in (12, 3)], 12
+    ids, mask = torch.zeros(2, T, dtype=torch.long), torch.zeros(2, T, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, :row.size(1)], mask[i, :row.size(1)] = row[0], 1
+    out = theirs.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None, **settings)
+    for i, row in enumerate(rows):
+        assert out[i, T:].tolist() == list(ours.generate(row[0].tolist(), 20, temperature=0))
+
+
+@torch.no_grad()
+def test_compiled_it_gives_the_same_with_a_cache_and_without(theirs):
+    ids, compiled = random_ids(2, 12), torch.compile(theirs, backend="eager")
+    for use_cache in (True, False):
+        assert (compiled(ids, use_cache=use_cache).logits - theirs(ids).logits).abs().max() < 1e-4
+
+
 @torch.no_grad()
 def test_beams_find_what_an_exhaustive_search_finds(ours, theirs):
     """Among all pairs of tokens that begin with one of the 20 likeliest: what 20 beams look through in two steps."""
@@ -487,6 +508,11 @@ def test_an_export_can_be_trained_and_saved(theirs, exported, tmp_path):
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
     assert torch.equal(again(ids).logits, theirs(ids).logits)
+    transformers.AutoTokenizer.from_pretrained(exported, trust_remote_code=True).save_pretrained(tmp_path)
+    shutil.copy(Path(exported, "nanochat_meta.json"), tmp_path)
+    hf_model.main(["import", str(tmp_path), "--source", "rl", "--model-tag", "trained"])
+    back, saved = (load_checkpoint(checkpoint_dir(*name), 7, "cpu")[0] for name in (("rl", "trained"), ("sft", "d4")))
+    assert all(torch.equal(back[key][:1500].float(), tensor[:1500].float()) for key, tensor in saved.items())
     half = transformers.AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True, dtype=torch.bfloat16)
     assert half.gpt.resid_lambdas.dtype == torch.float32 and half.gpt.lm_head.weight.dtype == torch.bfloat16
     logits = half.eval()(ids).logits

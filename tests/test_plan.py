@@ -90,7 +90,7 @@ def test_core_of_gpt2_needs_the_depth_of_the_records(capsys):
     ("--depth 0", "--depth must be a positive number, got 0"), ("--price nan", "--price must be a positive number"),
     ("--depth 64 --gpu 4090 --count 1", "needs"), ("--depth 2 --ratio 0.001", "--ratio 0.001 is less than one step"),
     ("--depth 4 --head-dim 63", "head dimension"), ("--dollars 100 --head-dim 63", "head dimension"),
-    ("--window-pattern X", "window_pattern")])
+    ("--window-pattern X", "window_pattern"), ("--vocab-size 1", "--vocab-size must be at least 265, got 1")])
 def test_bad_budgets_and_names_get_a_sentence(flags, sentence, capsys):
     assert sentence in refusal(capsys, *flags.split())
 

@@ -76,12 +76,14 @@ def test_unfinished_runs_are_left_out_with_the_reason_and_the_rest_is_kept(tmp_p
     make_run(tmp_path, "done")
     make_run(tmp_path, "halfway", steps=11)
     make_run(tmp_path, "diverged", last={"val/bpb": None})
+    make_run(tmp_path, "broken")
+    (tmp_path / "base_checkpoints" / "broken" / "meta_000010.json").write_text('{"step": 10')
     table = tmp_path / "results" / "results.csv"
     with pytest.raises(SystemExit):
-        scaling_laws.main(["done", "halfway", "diverged", "absent", "--out", str(table)])
+        scaling_laws.main(["done", "halfway", "diverged", "broken", "absent", "--out", str(table)])
     told = capsys.readouterr().err
     assert "halfway has no validation bpb of its last step, 11 (it is at 10)" in told and "run diverged has no" in told
-    assert "no complete checkpoint in" in told and "absent" in told
+    assert "no complete checkpoint in" in told and "absent" in told and "broken" in told
     with open(table) as file:
         assert [row["tag"] for row in csv.DictReader(file)] == ["done"]
     before = table.read_bytes()

@@ -4,12 +4,13 @@ A nanochat model in the clothes of `transformers`: configuration, cache and gene
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 `python -m nanochat.hf_model export` puts this file beside gpt.py and the modules which that needs. GPT wants every row
-to begin at position 0, where the batches of `transformers` are padded on the left: rows are turned until their padding
-stands behind them, and the logits are picked from where their tokens went.
+to begin at position 0, where the batches of `transformers` are padded on either side: padding is put behind the tokens,
+and the logits are picked from where they went.
 """
 import torch
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from nanochat.common import print0 # noqa: F401 (transformers 4 finds no modules but those that are named here)
 from nanochat.flash_attention import flash_attn # noqa: F401
@@ -75,15 +76,17 @@ class NanochatForCausalLM(PreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
         return inputs | {"attention_mask": attention_mask} # for a static cache it would have been made 4-dimensional
 
+    @can_return_tuple
     def forward(self, input_ids, attention_mask=None, past_key_values=None, labels=None, use_cache=None,
                 logits_to_keep=0, **kwargs):
         """
         input_ids        (B, T)
-        attention_mask   (B, past + T), 0 = padding on the left (or on the right); None = no padding
+        attention_mask   (B, past + T), 0 = padding, anywhere; None = no padding
         past_key_values  a cache of transformers that holds `past` positions, or None
         labels           (B, T), -100 = ignored; they are shifted here
         logits_to_keep   only those of the last so many positions, 0 = all; or a tensor of columns
-        Returns CausalLMOutputWithPast with fp32 logits (B, T or fewer, V); those of padding mean nothing.
+        Returns CausalLMOutputWithPast with fp32 logits (B, T or fewer, V): of padding, those of the
+        last token before it.
         """
         B, T = input_ids.shape
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
@@ -92,17 +95,20 @@ class NanochatForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask.shape != (B, past + T):
             raise ValueError(f"attention_mask must have the shape {(B, past + T)}, got {tuple(attention_mask.shape)}")
         positions = attention_mask[:, :past].sum(dim=1) # of each row's first new token
-        padding = (attention_mask[:, past:].cumsum(dim=1) == 0).sum(dim=1, keepdim=True) # (B, 1), on the left
-        column = torch.arange(T, device=input_ids.device)
-        ids = input_ids.gather(1, (column + padding) % T)
+        new = attention_mask[:, past:] != 0
+        ids = input_ids.gather(1, (~new).to(torch.uint8).argsort(dim=1, stable=True)) # each row's tokens in front
         wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        kept = (column[wanted] - padding) % T # where the tokens went whose logits are wanted
+        kept = (new.cumsum(dim=1) - 1).clamp(min=0)[:, wanted] # where the tokens went whose logits are wanted
         at = kept + T * torch.arange(B, device=input_ids.device)[:, None]
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         cache = None if past_key_values is None else CacheOfGeneration(past_key_values, positions, T, self.config)
-        logits = self.gpt.logits_at(ids, at.flatten(), cache).view(B, kept.size(1), -1)
-        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        logits_at = self.gpt.logits_at # compiled, it would lose what is written into the cache
+        logits_at = logits_at if cache is None else torch.compiler.disable(logits_at)
+        logits = logits_at(ids, at.flatten(), cache).view(B, kept.size(1), -1)
+        loss = None
+        if labels is not None: # a Trainer passes num_items_in_batch, and counts on the sum over that
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
