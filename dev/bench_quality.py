@@ -6,10 +6,11 @@ Time to quality: how long base_train takes to be as good as the plain reference 
     python -m dev.bench_quality --minutes 2 --pilot-minutes 0.5 --batches 16
 
 Needs a base directory with shards and a tokenizer. Both train on the same shards and are judged on the same validation
-tokens. The reference (dev/baseline.py, its rates falling to 0 over the last 40 % of its steps) first shows in short runs
-which of the --batches suits it. Then it trains for --minutes, and in turns with it, so that all have the same machine,
-runs with base_train's defaults that have --fractions of that time. Time is that of steps alone. The last line is JSON:
-`ratio` is the time of the shortest of our runs that came as far over the reference's; null if none did.
+tokens. The reference (dev/baseline.py, its rates falling to 0 over the last 40 % of its steps) first shows in short
+runs which of the --batches suits it. Then it trains for --minutes, and in turns with it, so that all have the same
+machine, train our --runs: each a share of that time, and flags of base_train where its defaults are not to be. Time is
+that of steps alone. The last line is JSON: `ratio` is the time of the shortest of our runs that came as far over the
+reference's; null if none did.
 """
 import argparse
 import json
@@ -34,7 +35,7 @@ ROWS = 16 # of a micro-batch
 
 
 class Reference:
-    """dev/baseline.py with data, a schedule, and its losses for evaluate_bpb."""
+    """dev/baseline.py with data, a schedule, and its losses for evaluate_bpb. What is `judged` has those."""
 
     def __init__(self, args, tokenizer, num_rows):
         width = -(-args.depth * 64 // 128) * 128
@@ -43,6 +44,10 @@ class Reference:
         self.optimizer, self.compiled = baseline.Optimizer(self.model, width), torch.compile(self.model, dynamic=False)
         self.rates = self.optimizer.adamw, self.optimizer.matrix_lr, 0.2 * (12 / args.depth) ** 2
         self.data = pretraining_loader(tokenizer, num_rows, args.seq_len, "train", device="cpu")
+        zeros = torch.zeros((num_rows, args.seq_len), dtype=torch.long)
+        self.compiled(zeros, zeros).backward() # compilation is not part of the time
+        self.model.zero_grad(set_to_none=True)
+        self.judged = self
 
     def batch(self):
         return next(self.data)[:2]
@@ -67,15 +72,16 @@ class Reference:
 
 
 class Ours:
-    """The loop of base_train with its defaults for a run of so many tokens, but for sizes and --flags."""
+    """The loop of base_train for a run of so many tokens, with its defaults but for sizes and `flags`."""
 
-    def __init__(self, args, tokenizer, num_tokens):
+    def __init__(self, args, tokenizer, num_tokens, flags=()):
         shape = [f"--depth={args.depth}", f"--max-seq-len={args.seq_len}", f"--device-batch-size={ROWS}"]
-        self.args = base_train.build_parser().parse_args([*shape, *args.flags.split()])
+        self.args = base_train.build_parser().parse_args([*shape, *flags])
         sizes = count_params(base_train.build_config(self.args, tokenizer.get_vocab_size()))
         self.args.target_param_data_ratio = num_tokens / (sizes["transformer_matrices"] + sizes["lm_head"])
         torch.manual_seed(42)
         self.model, self.num_steps = base_train.make_model(self.args, CPU, tokenizer.get_vocab_size())
+        self.judged = self.model
         self.optimizer = base_train.build_optimizer(self.model, self.args, self.num_steps)
         print(compile_model(self.model, "auto", lambda: base_train.warm_up(self.model, ROWS)))
         self.data = pretraining_loader(tokenizer, ROWS, args.seq_len, "train", device="cpu",
@@ -131,8 +137,7 @@ def main(argv=None):
     add("--minutes", type=float, default=20, help="steps of the reference")
     add("--pilot-minutes", type=float, default=2, help="steps of the reference for each of the batches")
     add("--batches", type=int, nargs="+", default=[16, 32, 64], help="rows of a step of the reference, to choose from")
-    add("--fractions", type=float, nargs="+", default=[0.3, 0.45], help="of the reference's time, for our runs")
-    add("--flags", default="", help="of base_train for our runs, as one string; default: none")
+    add("--runs", nargs="+", default=["0.3", "0.45"], help="ours, e.g. 0.45 '0.45 --remainders=requeue'")
     add("--eval-tokens", type=int, default=524288)
     args = parser.parse_args(argv)
     tokenizer = get_tokenizer()
@@ -149,14 +154,17 @@ def main(argv=None):
     runs = [reference_at(best, args, tokenizer, args.minutes, batches[best][0])]
     example = Ours(args, tokenizer, 1e7)
     per_token = speed(example, example.args.total_batch_size)
-    for fraction in args.fractions:
-        trainee = Ours(args, tokenizer, 60 * args.minutes * fraction / per_token)
+    for share, *flags in map(str.split, args.runs):
+        trainee = Ours(args, tokenizer, 60 * args.minutes * float(share) / per_token, flags)
         runs.append((trainee, trainee.num_steps))
-    spent, names = train(runs), [f"reference, {best} rows a step"]
-    names += [f"ours, {trainee.args.total_batch_size // args.seq_len} rows a step" for trainee, _ in runs[1:]]
-    bpbs = [validation_bpb(trainee if i == 0 else trainee.model, tokenizer, args) for i, (trainee, _) in enumerate(runs)]
+    print(f"training {len(runs)} models, {runs[0][1]:,} steps of the reference", flush=True)
+    spent = train(runs)
+    bpbs = [validation_bpb(trainee.judged, tokenizer, args) for trainee, _ in runs]
+    names = [f"reference, {best * args.seq_len:,} tokens a step"]
+    names += [f"ours {run}, {trainee.args.total_batch_size:,}" for run, (trainee, _) in zip(args.runs, runs[1:])]
     for name, (_, num_steps), time_spent, bpb in zip(names, runs, spent, bpbs):
-        print(f"{name:30} {num_steps:6} steps {time_spent / 60:6.2f} minutes ({time_spent / spent[0]:.3f}) bpb {bpb:.4f}")
+        print(f"{name:45} {num_steps:6} steps {time_spent / 60:6.2f} minutes ({time_spent / spent[0]:.3f}) "
+              f"bpb {bpb:.4f}")
     as_good = [time_spent / spent[0] for time_spent, bpb in zip(spent[1:], bpbs[1:]) if bpb <= bpbs[0]]
     print(json.dumps({"ratio": round(min(as_good), 3) if as_good else None, "reference_rows": best,
                       "seconds": [round(each, 1) for each in spent], "bpb": [round(each, 5) for each in bpbs],

@@ -133,7 +133,8 @@ def horizon_tokens(args, flops_per_token, scaling_params):
 
 def training_horizon(args, flops_per_token, scaling_params):
     """Number of optimizer steps, see `horizon_tokens`. Raises ValueError."""
-    tokens, by_flops = horizon_tokens(args, flops_per_token, scaling_params), args.num_iterations <= 0 < args.target_flops
+    tokens = horizon_tokens(args, flops_per_token, scaling_params)
+    by_flops = args.num_iterations <= 0 < args.target_flops
     num_steps = round(tokens / args.total_batch_size) if by_flops else tokens // args.total_batch_size
     if num_steps < 1:
         raise ValueError(f"{'--target-flops' if by_flops else '--target-param-data-ratio'} is too small for even one "

@@ -73,8 +73,7 @@ def assert_same(left, right):
 
 
 def test_a_run_writes_what_the_later_stages_need(base_dir, capsys):
-    train("--model-tag=whole", "--num-iterations=30", "--eval-every=10", "--matrix-lr=0.5", "--embedding-lr=10",
-          "--unembedding-lr=0.2", "--core-metric-every=30",
+    train("--model-tag=whole", "--num-iterations=30", "--eval-every=10", "--core-metric-every=30",
           "--core-metric-max-per-task=4", "--sample-every=30", "--save-every=20")
     out = capsys.readouterr().out
     assert meta(base_dir, "whole", 20)["val_bpb"] > (saved := meta(base_dir, "whole", 30))["val_bpb"]
@@ -250,7 +249,7 @@ def test_weights_do_not_depend_on_the_device_batch_size(base_dir, monkeypatch):
     one = weights(base_dir, "micro1", 20)
     for size in (4, 8):
         for name, tensor in weights(base_dir, f"micro{size}", 20).items():
-            torch.testing.assert_close(tensor, one[name], atol=1e-6, rtol=0)
+            torch.testing.assert_close(tensor, one[name], atol=1e-6, rtol=1e-6)
 
 
 def test_an_automatic_micro_batch_keeps_the_step(base_dir, capsys):
