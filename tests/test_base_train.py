@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from dev import bench_quality
 from nanochat import dataset
 from nanochat.checkpoint_manager import complete_steps, hold
 from nanochat.common import Compute, UserError
@@ -250,6 +251,24 @@ def test_weights_do_not_depend_on_the_device_batch_size(base_dir, monkeypatch):
     for size in (4, 8):
         for name, tensor in weights(base_dir, f"micro{size}", 20).items():
             torch.testing.assert_close(tensor, one[name], atol=1e-6, rtol=1e-6)
+
+
+def test_an_automatic_batch_is_settled_before_it_is_saved(base_dir, capsys):
+    flags = ("--model-tag=settled", "--total-batch-size=auto", "--num-iterations=3", "--save-every=2", "--eval-every=-1")
+    train(*flags)
+    tokens = meta(base_dir, "settled", 2)["user_config"]["total_batch_size"]
+    assert tokens % (4 * 32) == 0 and f"Total batch size: {tokens:,} tokens (auto" in capsys.readouterr().out
+    train(*flags, "--resume-from-step=2", "--overwrite")
+    with pytest.raises(ValueError, match=f"--total-batch-size was {tokens}, is {2 * tokens}"):
+        train(*flags, f"--total-batch-size={2 * tokens}", "--resume-from-step=2", "--overwrite")
+
+
+@pytest.mark.slow
+def test_time_to_quality_is_measured(base_dir, capsys):
+    bench_quality.main("--depth=1 --seq-len=32 --minutes=0.1 --batches 16 --runs 0.5 --eval-tokens=1024".split())
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert all(0 < bpb < 8 for bpb in found["bpb"]) and len(found["bpb"]) == 2 # an untrained model has about 8
+    assert min(found["steps"]) >= 1 and min(found["seconds"]) > 0
 
 
 def test_an_automatic_micro_batch_keeps_the_step(base_dir, capsys):
