@@ -254,7 +254,8 @@ def scaled_weight_decay(args):
 
 def build_optimizer(model, args, num_steps):
     scale = rate_scale(args.total_batch_size, num_steps * args.total_batch_size)
-    print0(f"Learning rates scaled by {scale:.6f} for batch and length, weight decay to {scaled_weight_decay(args):.6f}")
+    print0(f"Learning rates scaled by {scale:.6f} for the batch and the length of the run, weight decay to "
+           f"{scaled_weight_decay(args):.6f}")
     return model.setup_optimizer(
         unembedding_lr=args.unembedding_lr * scale, embedding_lr=args.embedding_lr * scale,
         matrix_lr=args.matrix_lr * scale, weight_decay=scaled_weight_decay(args),

@@ -52,7 +52,7 @@ def build_parser():
     add("--head-dim", type=int, default=128, help="width of an attention head")
     add("--window-pattern", default="SSSL", help="attention windows, as in base_train")
     add("--device-batch-size", type=int, help="rows per device and forward pass; default: the most that fit, up to 32")
-    add("--total-batch-size", type=int, help="tokens per optimizer step; default: by the length of the run, as base_train")
+    add("--total-batch-size", type=int, help="tokens per optimizer step; default: by the length of the run")
     add("--json", action="store_true", help="one JSON object instead of text")
     return parser
 

@@ -246,15 +246,16 @@ def test_weights_do_not_depend_on_the_device_batch_size(base_dir, monkeypatch):
         return model.double()
     monkeypatch.setattr(base_train, "build_model", in_float64)
     for size in (1, 4, 8):
-        train(f"--model-tag=micro{size}", "--num-iterations=20", f"--device-batch-size={size}", "--eval-every=-1")
+        train(f"--model-tag=micro{size}", "--num-iterations=20", f"--device-batch-size={size}", "--eval-every=-1",
+              "--matrix-lr=4e-4", "--embedding-lr=7e-3", "--unembedding-lr=9e-5", "--scalar-lr=0.01")
     one = weights(base_dir, "micro1", 20)
     for size in (4, 8):
         for name, tensor in weights(base_dir, f"micro{size}", 20).items():
-            torch.testing.assert_close(tensor, one[name], atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(tensor, one[name], atol=1e-6, rtol=0)
 
 
 def test_an_automatic_batch_is_settled_before_it_is_saved(base_dir, capsys):
-    flags = ("--model-tag=settled", "--total-batch-size=auto", "--num-iterations=3", "--save-every=2", "--eval-every=-1")
+    flags = "--model-tag=settled --total-batch-size=auto --num-iterations=3 --save-every=2 --eval-every=-1".split()
     train(*flags)
     tokens = meta(base_dir, "settled", 2)["user_config"]["total_batch_size"]
     assert tokens % (4 * 32) == 0 and f"Total batch size: {tokens:,} tokens (auto" in capsys.readouterr().out
@@ -264,6 +265,7 @@ def test_an_automatic_batch_is_settled_before_it_is_saved(base_dir, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore") # torch's compiler warns about torch's own ways
 def test_time_to_quality_is_measured(base_dir, capsys):
     bench_quality.main("--depth=1 --seq-len=32 --minutes=0.1 --batches 16 --runs 0.5 --eval-tokens=1024".split())
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

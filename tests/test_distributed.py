@@ -22,10 +22,13 @@ from tests.chat_world import metrics_of
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TINY = ["--device-type=cpu", "--compile=off"]
-STAGES = { # 12 rows, conversations or questions a step: for 1, 2, 3 and 4 ranks. 4 lanes: also for 3
+# 12 rows, conversations or questions a step: for 1, 2, 3 and 4 ranks. 4 lanes: also for 3. Low rates: Adam turns the
+# rounding of gradients that are nearly zero into steps of their size.
+STAGES = {
     "base": [*TINY, "--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=64", "--device-batch-size={rows}",
              "--total-batch-size=768", "--lanes=4", "--save-every=10", "--eval-every=20", "--eval-tokens=640",
-             "--core-metric-every=20", "--core-metric-max-per-task=2", "--sample-every=-1"],
+             "--core-metric-every=20", "--core-metric-max-per-task=2", "--sample-every=-1",
+             "--matrix-lr=5.5e-4", "--embedding-lr=8.2e-3", "--unembedding-lr=1.1e-4", "--scalar-lr=0.0137"],
     "mid": [*TINY, "--max-seq-len=192", "--total-batch-size=2304", "--device-batch-size={rows}", "--eval-every=10",
             "--eval-tokens=640"],
     "sft": [*TINY, "--source=base", "--target-examples-per-step=12", "--device-batch-size=2", "--max-seq-len=192",
@@ -110,7 +113,7 @@ def assert_same_run(stage, one, other):
     assert meta["dataloader_state_dict"] == other_meta["dataloader_state_dict"]
     for name, tensor in weights.items():
         assert tensor.dtype == torch.float64
-        torch.testing.assert_close(tensor, other_weights[name], atol=1e-6, rtol=1e-6, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(tensor, other_weights[name], atol=1e-6, rtol=0, msg=lambda text: f"{name}: {text}")
 
 # -----------------------------------------------------------------------------
 # Any number of ranks is one
