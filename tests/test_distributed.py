@@ -1,5 +1,6 @@
 """Training by torchrun in real processes: any number of ranks computes the same, is resumed as another, and may die."""
 import json
+import math
 import os
 import re
 import shutil
@@ -103,8 +104,8 @@ def assert_same_run(stage, one, other):
     logs = []
     for tag in (one, other):
         lines = [line | line.pop("centered_results", {}) for line in metrics_of(checkpoint_dir(stage, tag))]
-        logs.append([{key: value for key, value in line.items() if not key.endswith(("/dt", "_sec", "_time"))}
-                     for line in lines])
+        logs.append([{key: math.nan if value is None else value for key, value in line.items()
+                      if not key.endswith(("/dt", "_sec", "_time"))} for line in lines]) # None: nothing to log
     assert len(logs[0]) == len(logs[1]) > STEPS, "evaluations, too"
     for line, other_line in zip(*logs):
         assert line == pytest.approx(other_line, abs=1e-6, rel=1e-6, nan_ok=True)
