@@ -2,7 +2,7 @@
 Time to quality: how long base_train takes to be as good as the plain reference is after 20 minutes.
 
     python -m nanochat.dataset --from corpus/*.parquet && python -m scripts.tok_train --vocab-size=8192
-    python -m dev.bench_quality                   depth 4, T 512: 45 minutes on 2 cores
+    python -m dev.bench_quality                   depth 4, T 512: some 45 minutes on 2 cores
     python -m dev.bench_quality --minutes 2 --pilot-minutes 0.5 --batches 16
 
 Needs a base directory with shards and a tokenizer. Both train on the same shards and are judged on the same validation
@@ -135,9 +135,9 @@ def main(argv=None):
     add("--depth", type=int, default=4)
     add("--seq-len", type=int, default=512)
     add("--minutes", type=float, default=20, help="steps of the reference")
-    add("--pilot-minutes", type=float, default=2, help="steps of the reference for each of the batches")
+    add("--pilot-minutes", type=float, default=1, help="steps of the reference for each of the batches")
     add("--batches", type=int, nargs="+", default=[16, 32, 64], help="rows of a step of the reference, to choose from")
-    add("--runs", nargs="+", default=["0.3", "0.45"], help="ours, e.g. 0.45 '0.45 --remainders=requeue'")
+    add("--runs", nargs="+", default=["0.45"], help="ours, e.g. 0.45 '0.45 --remainders=requeue'")
     add("--eval-tokens", type=int, default=524288)
     args = parser.parse_args(argv)
     tokenizer = get_tokenizer()

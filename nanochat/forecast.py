@@ -61,7 +61,7 @@ OPTIMA = [(0.1107, 1.242, 0.8972), (0.1678, 1.785, 0.8616), (0.2507, 2.642, 0.82
 D12_CORE = (0.1101, 1.156, 0.133) # #563: d12 at the default ratio: parameters, tokens, CORE
 CORE_NOISE = 0.0052 # standard deviation of identical runs
 READING = 1.5e-6 # seconds of a CPU for a token of the data: reading, tokenizing, packing
-WASTE = {"cpu": 0.2, "cuda": 0.1} # what allocators take besides; cpu: base_train at depths 2, 4, 6; cuda: a guess
+WASTE = {"cpu": 0.2, "cuda": 0.1} # what allocators take besides; cpu: compiled steps at depths 2 and 6; cuda: a guess
 DATA_MIB = 50 # what base_train holds on a CPU besides what `calibrate` sees: pyarrow, tokenizer, documents
 
 # Memory in GiB that a process gets, GB/s that a GPU sends to another of its node: NVLink, half of the sum in its data

@@ -48,6 +48,11 @@ def is_due(every, step, last_step):
     return every > 0 and (last_step or (step > 0 and step % every == 0))
 
 
+def nearest_multiple(size, unit):
+    """The multiple of `unit`, once at least, that is nearest to `size`."""
+    return max(1, round(size / unit)) * unit
+
+
 def grad_accum_steps(total_batch_size, device_batch_size, seq_len, world_size):
     """Micro-batches per optimizer step. Sizes in tokens, except device_batch_size in rows. Raises ValueError."""
     tokens = device_batch_size * seq_len * world_size # in one micro-batch, all ranks together
@@ -55,7 +60,7 @@ def grad_accum_steps(total_batch_size, device_batch_size, seq_len, world_size):
         raise ValueError(
             f"--total-batch-size must be a multiple of {tokens:,} tokens "
             f"(--device-batch-size {device_batch_size} x --max-seq-len {seq_len} x {world_size} ranks), "
-            f"got {total_batch_size:,}; nearest: {max(1, round(total_batch_size / tokens)) * tokens:,}")
+            f"got {total_batch_size:,}; nearest: {nearest_multiple(total_batch_size, tokens):,}")
     return total_batch_size // tokens
 
 
@@ -142,15 +147,15 @@ def training_horizon(args, flops_per_token, scaling_params):
     return num_steps
 
 
-def batch_for_horizon(num_tokens, multiple):
+def batch_for_horizon(num_tokens):
     """
-    Tokens of an optimizer step for a run of num_tokens: a power of two, then rounded to a multiple of `multiple`.
+    Tokens of an optimizer step for a run of num_tokens, a power of two.
 
     The best batch grows with the tokens of the run, D^0.383 (Bergsma et al. 2025, https://arxiv.org/abs/2505.13738). At
     most 2^20, as whether more is any good is not known, and small enough for some 500 steps (dev/LOG.md).
     """
     batch = min(2**20, REFERENCE_BATCH * (num_tokens / REFERENCE_TOKENS) ** 0.383, max(1, num_tokens / 500))
-    return max(1, round(2 ** round(math.log2(batch)) / multiple)) * multiple
+    return 2 ** round(math.log2(batch))
 
 
 def rate_scale(total_batch_size, num_tokens):

@@ -70,7 +70,7 @@ else
     train=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m)
 fi
 device_batch_size="${DEVICE_BATCH_SIZE:-32}"
-most=$((32 / NNODES))           # 32 rows x 2,048 tokens x 8 GPUs of one node are a whole step
+most=$((32 / NNODES))           # 32 rows x 2,048 tokens x 8 GPUs of one node are a whole step of midtraining
 if [[ "$NNODES" -gt 1 && "$device_batch_size" -gt "$most" ]]; then device_batch_size="$most"; fi
 chat=(--run="$WANDB_RUN" --model-tag="$TAG" --resume --save-every=200)
 

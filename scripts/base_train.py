@@ -39,9 +39,8 @@ from nanochat.tokenizer import get_tokenizer, token_bytes_of
 from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, add_checkpoint_flags,
                                batch_for_horizon, check_loss, check_weights, collector_by_hand, compile_model,
                                fitting_rows, grad_accum_steps, horizon_tokens, is_due, lr_multiplier, muon_momentum,
-                               number_problems, peak_flops, peak_memory_mib, rate_scale, refuse_changes, sample_prompts,
-                               set_schedule, training_horizon, try_evaluation)
-
+                               nearest_multiple, number_problems, peak_flops, peak_memory_mib, rate_scale,
+                               refuse_changes, sample_prompts, set_schedule, training_horizon, try_evaluation)
 
 # Flags that change the mathematics of a run: a resumed run must have the saved values, of the first always.
 SHAPE = ("depth", "aspect_ratio", "head_dim")
@@ -201,8 +200,8 @@ def make_model(args, compute, vocab_size):
     sizes = model.num_scaling_params()
     horizon = args, model.estimate_flops(), sizes["transformer_matrices"] + sizes["lm_head"]
     if args.total_batch_size == "auto":
-        args.total_batch_size = batch_for_horizon(
-            horizon_tokens(*horizon), least_rows(args) * args.max_seq_len * compute.ddp_world_size)
+        args.total_batch_size = nearest_multiple(batch_for_horizon(horizon_tokens(*horizon)),
+                                                 least_rows(args) * args.max_seq_len * compute.ddp_world_size)
         print0(f"Total batch size: {args.total_batch_size:,} tokens (auto: by the length of the run)")
     if args.device_batch_size == "auto":
         args.device_batch_size = fitting_rows(model, grad_accum_steps(

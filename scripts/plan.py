@@ -23,7 +23,7 @@ from nanochat.forecast import GPUS, Machine
 from nanochat.gpt import config_of_depth, count_params, flops_per_token, memory_forecast
 from nanochat.report import HOURLY_RATES
 from nanochat.tokenizer import MIN_VOCAB_SIZE
-from nanochat.training import batch_for_horizon
+from nanochat.training import batch_for_horizon, nearest_multiple
 
 CHARS_PER_TOKEN, CHARS_PER_SHARD = 4.8, 250e6 # see runs/speedrun.sh
 DEPTHS = range(2, 65)
@@ -115,15 +115,13 @@ def memory_of(config, rows, machine):
     return {**parts, "process and allocator": process, "peak": peak + process}
 
 
-def batch_of(config, machine, args):
+def batch_of(config, num_tokens, machine, args):
     """(rows of a micro-batch, tokens of a step): as many rows as fit; the tokens are a multiple of all ranks' rows."""
-    row, sizes = config.sequence_len * machine.ranks, count_params(config)
-    wanted = args.total_batch_size or batch_for_horizon(
-        args.ratio * (sizes["transformer_matrices"] + sizes["lm_head"]), row)
+    row, wanted = config.sequence_len * machine.ranks, args.total_batch_size or batch_for_horizon(num_tokens)
     for rows in [args.device_batch_size] if args.device_batch_size else (32, 16, 8, 4, 2, 1):
         need = memory_of(config, rows, machine)["peak"]
         if need <= machine.memory and (rows * row <= wanted or rows == 1 or args.device_batch_size):
-            return rows, max(1, round(wanted / (rows * row))) * rows * row
+            return rows, nearest_multiple(wanted, rows * row)
     raise ValueError(f"depth {config.n_layer} with {rows} rows of {config.sequence_len:,} tokens needs "
                      f"{need / 2**30:.1f} GiB, and {machine.name} has {machine.memory / 2**30:.1f}: choose a smaller "
                      "--depth, --device-batch-size or --seq-len, or a GPU with more memory")
@@ -132,8 +130,9 @@ def batch_of(config, machine, args):
 def make_plan(depth, machine, args):
     """Everything about a run of this depth, as a dict; ValueError when it cannot be."""
     config = build_config(depth, args)
-    sizes, (rows, total_batch) = count_params(config), batch_of(config, machine, args)
+    sizes = count_params(config)
     flops, scaling = flops_per_token(config, sizes), sizes["transformer_matrices"] + sizes["lm_head"]
+    rows, total_batch = batch_of(config, int(args.ratio * scaling), machine, args)
     steps = int(args.ratio * scaling) // total_batch
     if steps < 1:
         raise ValueError(f"--ratio {args.ratio:g} is less than one step of {total_batch:,} tokens at depth {depth}: "

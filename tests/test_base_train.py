@@ -269,7 +269,7 @@ def test_an_automatic_batch_is_settled_before_it_is_saved(base_dir, capsys):
 def test_time_to_quality_is_measured(base_dir, capsys):
     bench_quality.main("--depth=1 --seq-len=32 --minutes=0.1 --batches 16 --runs 0.5 --eval-tokens=1024".split())
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert all(0 < bpb < 8 for bpb in found["bpb"]) and len(found["bpb"]) == 2 # an untrained model has about 8
+    assert all(0 < bpb < 8 for bpb in found["bpb"]) and len(found["bpb"]) == 2 # it may have taken a step or two
     assert min(found["steps"]) >= 1 and min(found["seconds"]) > 0
 
 

@@ -17,10 +17,9 @@ from nanochat import training
 from nanochat.common import Compute, UserError, compute_init
 from nanochat.gpt import GPT, GPTConfig, memory_forecast
 from nanochat.training import (LossMeter, MetricsLog, Stop, Throughput, accumulate, check_loss, check_weights,
-                               batch_for_horizon, collector_by_hand, compile_model, fitting_rows,
-                               grad_accum_steps, horizon_tokens, is_due,
-                               lr_multiplier, muon_momentum, rate_scale, refuse_changes, set_schedule, training_horizon,
-                               try_evaluation)
+                               batch_for_horizon, collector_by_hand, compile_model, fitting_rows, grad_accum_steps,
+                               horizon_tokens, is_due, lr_multiplier, muon_momentum, nearest_multiple, rate_scale,
+                               refuse_changes, set_schedule, training_horizon, try_evaluation)
 
 ONE_RANK = Compute(False, 0, 0, 1, torch.device("cpu"))
 
@@ -130,15 +129,18 @@ def test_a_horizon_of_no_steps_is_refused():
 
 @pytest.mark.parametrize("depth_12_tokens, batch", [(1, 2**19), (4, 2**20), (1000, 2**20), (1 / 8, 2**18)])
 def test_the_batch_follows_the_length_of_the_run(depth_12_tokens, batch):
-    assert batch_for_horizon(1.156e9 * depth_12_tokens, 2048) == batch
-    assert batch_for_horizon(1.156e9 * depth_12_tokens, 96 * 1024) % (96 * 1024) == 0
+    assert batch_for_horizon(1.156e9 * depth_12_tokens) == batch
+
+
+def test_sizes_become_the_nearest_multiple_of_what_the_ranks_take_at_a_time():
+    assert [nearest_multiple(size, 98304) for size in (1, 2**17, 2**18, 2**20)] == [98304, 98304, 294912, 1081344]
 
 
 def test_a_number_of_steps_agrees_with_its_own_batch():
     args = argparse.Namespace(num_iterations=2205, target_flops=-1.0, target_param_data_ratio=-1.0,
                               total_batch_size="auto")
     tokens = horizon_tokens(args, 1, 1)
-    assert tokens == pytest.approx(2205 * 2**19, rel=0.001) and batch_for_horizon(tokens, 1) == 2**19
+    assert tokens == pytest.approx(2205 * 2**19, rel=0.001) and batch_for_horizon(tokens) == 2**19
 
 
 def test_rates_grow_with_the_batch_and_in_runs_shorter_than_the_reference():
