@@ -120,6 +120,13 @@ def expect_text(locator, text):
     locator.filter(has_text=text).wait_for()
 
 
+def until(condition, message):
+    end = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < end, message
+        time.sleep(0.05)
+
+
 # --- a conversation ---
 
 def test_type_and_stream(page, server):
@@ -207,10 +214,7 @@ def test_stop_ends_the_request_and_keeps_what_has_come(page, server, how):
     assert "stopped" in page.locator(".assistant footer").inner_text()
     page.wait_for_timeout(300)
     assert page.locator(".assistant .markdown").inner_text() == text, "late pieces are ignored"
-    until = time.monotonic() + 15
-    while not server.requests[0].left:
-        assert time.monotonic() < until, "the server must see that the client has left"
-        time.sleep(0.05)
+    until(lambda: server.requests[0].left, "the server must see that the client has left")
     assert stored(page)[0]["entries"][1]["parts"][0]["text"].strip() == text
     ask(page, "go on")
     assert server.requests[1].body["messages"][1]["content"].strip() == text
@@ -220,6 +224,7 @@ def test_stop_before_the_first_word_stores_no_empty_answer(page, server):
     server.play(threading.Event(), "late", DONE)
     say(page, "hello")
     page.locator(".waiting i").first.wait_for()
+    until(lambda: server.requests, "a request stopped on its way would leave its script to the next one")
     page.get_by_label("Stop").click()
     expect_text(page.locator(".problem"), "Stopped before it began.")
     assert [entry["role"] for entry in stored(page)[0]["entries"]] == ["user"]
