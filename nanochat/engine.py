@@ -25,14 +25,17 @@ for the special ids and for the tool. It opens no autocast: a model has one dtyp
 """
 import copy
 import itertools
+import logging
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 
 import torch
 
 from nanochat.common import UserError
 from nanochat.execution import use_calculator
+
+logger = logging.getLogger(__name__)
 
 TOOL_ERROR = "error"  # what the model reads when the calculator has no result
 PREFILL_TOKENS = 4096 # so many prompt positions a step at most, where nobody waits for the next token
@@ -58,6 +61,7 @@ class KVCache:
         self.device = torch.device(device)
         self.k_cache = self.v_cache = None
         self.whole, self.first_row = None, 0 # of a view (`rows`): the cache that it shows
+        self.is_captured = False # True: in a CUDA graph, which finds the rows' positions in cache_seqlens alone
         self.reset()
         if dtype is not None:
             self._allocate(dtype)
@@ -90,7 +94,18 @@ class KVCache:
 
     def advance(self, n):
         """n more positions of every row are filled; ValueError when the cache does not hold them."""
-        self.set_lengths([position + n for position in self.positions])
+        if not self.is_captured: # there the host sets the lengths before each replay
+            self.set_lengths([position + n for position in self.positions])
+
+    def span(self, n):
+        """
+        Where the n next tokens go: (start, end). start: an int where all rows stand together, else cache_seqlens, int32
+        (B,); end: an int, beyond which nothing is written in any row.
+        """
+        if self.is_captured:
+            return self.cache_seqlens, self.max_seq_len
+        together = len(set(self.positions)) == 1
+        return self.positions[0] if together else self.cache_seqlens, max(self.positions) + n
 
     def get_pos(self):
         """The position that all rows share; ValueError when they differ."""
@@ -284,6 +299,70 @@ def num_shared(a, b):
     return next(i for i in range(length) if a[i] != b[i])
 
 
+class Decoder:
+    """
+    One token more of the first rows of a cache; on CUDA as a graph, after a few steps with the same number of rows.
+
+    A small model's token is some fifteen short kernels a layer, and launching them one by one takes longer than they
+    do; a graph is launched once. It keeps the addresses of what it reads: its own ids and lengths, and the cache, over
+    all of which it attends, as the host's lengths are not its own. If capturing fails, decoding goes on without.
+    """
+    PATIENCE = 8 # steps with a number of rows before it gets a graph: capturing takes some three of them
+
+    def __init__(self, model, cache):
+        self.model, self.cache = model, cache
+        self.wants_graphs = cache.device.type == "cuda"
+        self.num_steps, self.graphs, self.pool = Counter(), {}, None
+
+    def __call__(self, ids, lengths):
+        """ids and lengths of rows 0, 1, ..., lists of ints. Returns logits (rows, V), good until the next call."""
+        num_rows = len(ids)
+        self.num_steps[num_rows] += 1
+        if self.wants_graphs and self.num_steps[num_rows] > self.PATIENCE and num_rows not in self.graphs:
+            self._capture(num_rows, lengths)
+        if not self.wants_graphs or num_rows not in self.graphs:
+            view = self.cache.rows(0, num_rows, lengths)
+            return self.model.forward(torch.tensor(ids, device=view.device)[:, None], kv_cache=view)[:, -1]
+        replay, inputs, cache_seqlens, logits = self.graphs[num_rows]
+        inputs.copy_(torch.tensor(ids)[:, None])
+        cache_seqlens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        replay()
+        return logits
+
+    def _capture(self, num_rows, lengths):
+        view = self.cache.rows(0, num_rows, lengths) # what is written at these positions now is overwritten at once
+        view.is_captured = True
+        inputs = torch.zeros((num_rows, 1), dtype=torch.int64, device=view.device)
+        try:
+            replay, logits, self.pool = capture_graph(lambda: self.model.forward(inputs, kv_cache=view)[:, -1],
+                                                      view.device, self.pool)
+            self.graphs[num_rows] = replay, inputs, view.cache_seqlens, logits
+            self.tables = self.model.cos, self.model.sin # the model may make longer ones, the graphs read these
+        except RuntimeError as error: # a kernel that waits for the host, or too little memory: the same, but slower
+            self.wants_graphs = False
+            logger.warning(f"Decoding without CUDA graphs: {type(error).__name__}: {error}")
+
+
+def describe_decoding(device):
+    """One sentence for the start: how decoding runs here, and why."""
+    if device.type == "cuda":
+        return f"Decoding: a CUDA graph for each number of rows, captured after {Decoder.PATIENCE} steps with it"
+    return f"Decoding: kernel by kernel (CUDA graphs need a GPU, this is {device.type})"
+
+
+def capture_graph(function, device, pool):
+    """Capture a function of no arguments on CUDA. Returns (replay, the tensor it returns, the memory pool to share)."""
+    with torch.cuda.device(device):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream): # once outside of the graph: libraries allocate what they need for good
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"): # other threads may use their GPUs
+            result = function()
+    return graph.replay, result, graph.pool()
+
+
 class Batch:
     """
     Requests that decode together. Its rows stand in three neighbouring groups, so that a forward takes a slice:
@@ -306,6 +385,7 @@ class Batch:
         self.capacity = config.sequence_len if capacity is None else capacity
         self.cache = KVCache(max_rows, config.n_kv_head, self.capacity, config.n_embd // config.n_head, config.n_layer,
                              self.model.get_device())
+        self.decoder = Decoder(self.model, self.cache)
         self.places = [Place() for _ in range(max_rows)]
         self.num_decoding = self.num_busy = self.num_steps = 0
         self.waiting = deque()
@@ -431,9 +511,8 @@ class Batch:
         places = self.places[:self.num_decoding]
         if not places:
             return []
-        cache = self.cache.rows(0, len(places), [len(place.ids) for place in places])
         last = [place.request.tokens[-1] for place in places]
-        logits = self.model.forward(torch.tensor(last, device=cache.device)[:, None], kv_cache=cache)[:, -1]
+        logits = self.decoder(last, [len(place.ids) for place in places])
         for place, token in zip(places, last, strict=True):
             place.ids.append(token)
         return [logits]

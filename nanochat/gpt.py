@@ -147,8 +147,7 @@ class CausalSelfAttention(nn.Module):
             y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window)
         else:
             k_cache, v_cache = kv_cache.get_layer_cache(self.layer_idx) # (B, T_max, Hkv, D)
-            positions, end = kv_cache.positions, max(kv_cache.positions) + T # beyond `end` nothing is written yet
-            start = positions[0] if len(set(positions)) == 1 else kv_cache.cache_seqlens
+            start, end = kv_cache.span(T)
             y = flash_attn.flash_attn_with_kvcache(q, k_cache[:, :end], v_cache[:, :end], k=k, v=v, cache_seqlens=start,
                                                    causal=True, window_size=window)
         return self.c_proj(y.reshape(B, T, C))
@@ -330,13 +329,12 @@ class GPT(nn.Module):
         cos and sin at the positions of the T new tokens: (1, T, 1, D/2), or (B, T, 1, D/2) for rows that differ, as
         those of a cache or of documents that begin at `starts` (B, T) and count from there.
         """
-        positions = [0] if kv_cache is None else sorted(set(kv_cache.positions))
-        if positions[-1] + T > self.cos.size(1):
-            self.init_rotary(max(10 * self.config.sequence_len, 2 * (positions[-1] + T)))
-        if starts is None and len(positions) == 1:
-            rows = slice(positions[0], positions[0] + T)
-            return self.cos[:, rows], self.sin[:, rows]
-        first = kv_cache.cache_seqlens.long()[:, None] if starts is None else -starts
+        start, end = (0, T) if kv_cache is None else kv_cache.span(T)
+        if end > self.cos.size(1):
+            self.init_rotary(max(10 * self.config.sequence_len, 2 * end))
+        if starts is None and not torch.is_tensor(start):
+            return self.cos[:, start:end], self.sin[:, start:end]
+        first = start.long()[:, None] if starts is None else -starts
         at = first + torch.arange(T, device=self.cos.device) # (B, T)
         return self.cos[0, at], self.sin[0, at]
 
@@ -345,9 +343,9 @@ class GPT(nn.Module):
         dtype = self.compute_dtype or self.transformer.wte.weight.dtype
         if kv_cache is not None:
             kv_cache.ensure(dtype)
-            if max(kv_cache.positions) + idx.size(1) > kv_cache.max_seq_len: # on the host, before anything is written
-                raise RuntimeError(f"the KV cache holds {kv_cache.max_seq_len} positions per row, "
-                                   f"{max(kv_cache.positions) + idx.size(1)} are needed")
+            needed = kv_cache.span(idx.size(1))[1]
+            if needed > kv_cache.max_seq_len: # on the host, before anything is written
+                raise RuntimeError(f"the KV cache holds {kv_cache.max_seq_len} positions per row, {needed} are needed")
         starts, masks = None, {} # masks are shared by the layers
         if bos_id is not None: # (B, T): where in its row the document of a position begins
             assert kv_cache is None, "packed rows are not cached"

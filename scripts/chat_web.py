@@ -19,7 +19,8 @@ import torch
 
 from nanochat.checkpoint_manager import STAGE_DIRS, load_model
 from nanochat.common import DTYPES, UserError, compute_init, get_compute_dtype, run_main
-from nanochat.engine import Engine
+from nanochat.engine import Engine, describe_decoding
+from nanochat.flash_attention import describe_backend
 from nanochat.serving import MAX_TOKENS, MAX_TOP_K, Settings, create_app, serve
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -116,6 +117,7 @@ def main(argv=None):
     dtype = get_compute_dtype(compute.device, args.dtype)
     with listen(args.host, args.port) as sock: # before the model is loaded: a port in use is told at once
         loaded = [load_model(args.source, device, "eval", args.model_tag, args.step, dtype) for device in devices]
+        print(describe_backend(devices[0], dtype), describe_decoding(devices[0]), sep="\n", flush=True)
         key = os.environ.get("NANOCHAT_API_KEY", "") if args.api_key is None else args.api_key
         settings = Settings(f"{loaded[0][2]['model_tag']}-{args.source}", args.temperature, args.top_k, args.max_tokens,
                             key, args.cors_origin, args.max_queue, args.max_batch, args.request_timeout,

@@ -13,7 +13,7 @@ import torch
 
 import nanochat.engine
 from nanochat.common import UserError
-from nanochat.engine import Batch, Engine, KVCache, Request, derive_seed, sample_next_token
+from nanochat.engine import Batch, Decoder, Engine, KVCache, Request, derive_seed, sample_next_token
 from nanochat.gpt import GPT, GPTConfig
 
 V = 262 # 256 bytes and six special tokens
@@ -748,3 +748,53 @@ def test_ragged_batch_of_the_real_model_equals_each_prompt_alone(pattern, n_kv_h
     for i, prompt in enumerate(PROMPTS):
         alone, _ = engine.generate_batch(prompt, num_samples=2, max_tokens=30, temperature=0.7, seed=i)
         assert [prompt + ids for ids, _ in together[i]] == alone
+
+
+# ---- CUDA graphs, with a stand-in for the capture ----
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Captures as a CPU can: a replay computes again what the function reads now, into the tensor of the first time."""
+    captured = []
+
+    def capture(function, device, pool):
+        function()
+        result = function()
+        captured.append(result)
+        return lambda: result.copy_(function()), result, "pool"
+    monkeypatch.setattr(nanochat.engine, "capture_graph", capture)
+
+    class CapturingDecoder(Decoder):
+        def __init__(self, model, cache):
+            super().__init__(model, cache)
+            self.wants_graphs = True
+    monkeypatch.setattr(nanochat.engine, "Decoder", CapturingDecoder)
+    return captured
+
+
+@pytest.mark.parametrize("pattern, n_kv_head", [("L", 4), ("SSSL", 2)])
+def test_captured_steps_say_what_plain_ones_say(captures, pattern, n_kv_head):
+    model, said = random_gpt(pattern, n_kv_head, sequence_len=96), []
+    for wants_graphs in (True, False):
+        batch = Batch(make_engine(model), 4, prefill_tokens=16)
+        batch.decoder.wants_graphs = wants_graphs
+        requests = [Request(prompt[:40], 30, temperature=0.7, seed=i) for i, prompt in enumerate(PROMPTS * 3)]
+        for request in requests: # more than places: rows change, join and leave
+            batch.submit(request)
+        while batch.step():
+            pass
+        said.append([(request.tokens, request.end) for request in requests])
+        assert set(batch.decoder.graphs) == ({len(logits) for logits in captures} if wants_graphs else set())
+    assert said[0] == said[1] and len(captures) >= 2
+
+
+def test_decoding_goes_on_when_capturing_fails(captures, monkeypatch, caplog):
+    def fail(*args):
+        raise RuntimeError("operation not permitted when stream is capturing")
+    model, prompt = random_gpt("SSSL", 2), [BOS, 5, 6]
+    expected = list(model.generate(prompt, 13, temperature=0))
+    monkeypatch.setattr(nanochat.engine, "capture_graph", fail)
+    rows, _ = make_engine(model).generate_batch(prompt, max_tokens=13, temperature=0)
+    assert rows[0][3:] == expected[:len(rows[0]) - 3] and len(rows[0]) > 3 + Decoder.PATIENCE
+    assert [record.message for record in caplog.records] == [
+        "Decoding without CUDA graphs: RuntimeError: operation not permitted when stream is capturing"]

@@ -5,7 +5,7 @@ import torch
 import nanochat.flash_attention as fa
 from nanochat.common import Compute
 from nanochat.dataloader import _to_device
-from nanochat.engine import Engine
+from nanochat.engine import Decoder, Engine, KVCache
 from nanochat.flash_attention import flash_attn
 from nanochat.gpt import GPT, GPTConfig, memory_forecast
 from nanochat.training import accumulate, compile_model, fitting_rows
@@ -103,6 +103,28 @@ def test_decoding_equals_the_full_forward():
     slow = list(model.generate(prompt, 8, temperature=0))
     rows, _ = Engine(model, Tokenizer()).generate_batch(prompt, num_samples=2, max_tokens=8, temperature=0)
     assert [row[len(prompt):] for row in rows] == [slow, slow]
+
+
+def test_captured_decoding_equals_the_full_forward(override):
+    override("sdpa")
+    model = make_model(torch.float32).float()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    decoder = Decoder(model, KVCache(3, 2, 400, 64, 4, "cuda"))
+    torch.manual_seed(1)
+    rows = [torch.randint(1000, (length,)).tolist() for length in (300, 40, 1)]
+    with torch.inference_mode():
+        for i, ids in enumerate(rows):
+            model(torch.tensor([ids], device="cuda"), kv_cache=decoder.cache.rows(i, i + 1, [0]))
+        for step in range(20):
+            lengths = [len(ids) for ids in rows]
+            for ids in rows:
+                ids.append((7 * step + len(ids)) % 1000)
+            logits = decoder([ids[-1] for ids in rows], lengths)
+            for i, ids in enumerate(rows):
+                expected = model(torch.tensor([ids], device="cuda"))[0, -1]
+                torch.testing.assert_close(logits[i], expected, atol=1e-3, rtol=1e-3)
+    assert list(decoder.graphs) == [3]
 
 
 def test_batches_arrive_whole_though_the_host_does_not_wait():

@@ -43,6 +43,10 @@ class CacheOfGeneration:
     def ensure(self, dtype):
         self.dtype = dtype
 
+    def span(self, num_new):
+        together = len(set(self.positions)) == 1
+        return self.positions[0] if together else self.cache_seqlens, max(self.positions) + num_new
+
     def get_layer_cache(self, layer_idx):
         """Keys and values with room for the new tokens, each (B, S, Hkv, D), to be written into."""
         shape = (len(self.positions), self.config.n_kv_head, self.num_new, self.config.n_embd // self.config.n_head)
