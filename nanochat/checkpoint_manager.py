@@ -184,6 +184,14 @@ def hold(checkpoint_dir, compute):
         lock.release()
 
 
+def read_meta(checkpoint_dir, step):
+    """The meta of a saved step. Raises FileNotFoundError, which names the steps there are."""
+    if not os.path.exists(_path(checkpoint_dir, "meta", step)):
+        steps = ", ".join(map(str, complete_steps(checkpoint_dir))) or "none"
+        raise FileNotFoundError(f"no complete step {step} in {checkpoint_dir}; complete steps there: {steps}")
+    return read_json(_path(checkpoint_dir, "meta", step))
+
+
 def update_meta(checkpoint_dir, step, **changes):
     """Rewrite the meta of a saved step with some entries changed, atomically. For rank 0 alone."""
     path = _path(checkpoint_dir, "meta", step)
@@ -346,16 +354,14 @@ def load_checkpoint(checkpoint_dir, step, device, load_optimizer=False, rank=0):
     An optimizer state that is stored whole (one file) loads on every rank; one in shards needs the ranks that wrote it.
     Raises FileNotFoundError, UserError for the shards, DamagedCheckpoint when a file is not what was saved.
     """
-    if not os.path.exists(_path(checkpoint_dir, "meta", step)):
-        steps = ", ".join(map(str, complete_steps(checkpoint_dir))) or "none"
-        raise FileNotFoundError(f"no complete step {step} in {checkpoint_dir}; complete steps there: {steps}")
+    meta = read_meta(checkpoint_dir, step)
     if flaw := _flaw(checkpoint_dir, step, read_all=True):
         raise DamagedCheckpoint(f"step {step} in {checkpoint_dir} is damaged ({flaw} is missing or not what was saved):"
                                 " take another step, or train again")
     device = torch.device(device)
     model_data = _load_tensors(_path(checkpoint_dir, "model", step), device)
     optimizer_data = _load_tensors(_optimizer_path(checkpoint_dir, step, rank), device) if load_optimizer else None
-    return model_data, optimizer_data, read_json(_path(checkpoint_dir, "meta", step))
+    return model_data, optimizer_data, meta
 
 
 def _optimizer_path(folder, step, rank):

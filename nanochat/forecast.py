@@ -61,7 +61,8 @@ OPTIMA = [(0.1107, 1.242, 0.8972), (0.1678, 1.785, 0.8616), (0.2507, 2.642, 0.82
 D12_CORE = (0.1101, 1.156, 0.133) # #563: d12 at the default ratio: parameters, tokens, CORE
 CORE_NOISE = 0.0052 # standard deviation of identical runs
 READING = 1.5e-6 # seconds of a CPU for a token of the data: reading, tokenizing, packing
-WASTE = {"cpu": 0.2, "cuda": 0.1} # what allocators take besides; cpu: compiled steps at depths 2 and 6; cuda: a guess
+WASTE = {"cpu": 0.1, "cuda": 0.1} # what allocators take besides; cpu: compiled steps at depths 2 to 6; cuda: a guess
+COMPILER_MIB = 230 # what compiling adds to a process on a CPU; some 100 less when it finds all in its cache
 DATA_MIB = 50 # what base_train holds on a CPU besides what `calibrate` sees: pyarrow, tokenizer, documents
 
 # Memory in GiB that a process gets, GB/s that a GPU sends to another of its node: NVLink, half of the sum in its data
@@ -272,17 +273,16 @@ def hours_error():
     return statistics.median(abs(forecast / outcome - 1) for _, outcome, forecast in leave_one_out()["hours"])
 
 
-def forecast_of_run(config, tokens, device_name, world_size, memory):
+def forecast_of_run(config, tokens, device_name, world_size):
     """
     What base_train's report sets beside the outcome, as a dict; only what can be said of such a run.
 
     device_name  of the GPU, None on other devices
-    memory       bytes, the "peak" of gpt.memory_forecast
     """
     sizes = count_params(config)
     num_params = sizes["transformer_matrices"] + sizes["lm_head"]
     peak = get_peak_flops(device_name) if device_name else 0
-    found = {"Forecast of the memory, without the process": f"{memory / 2**20:.0f}MiB"}
+    found = {}
     if 0 < peak < math.inf:
         found["Forecast of the training time"] = f"{training_seconds(config, tokens, peak * world_size) / 60:.2f}m"
     guess = quality(num_params, tokens)

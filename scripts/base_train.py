@@ -23,14 +23,14 @@ from functools import partial
 import torch
 
 from nanochat.checkpoint_manager import (Saver, checkpoint_dir, delete_steps, hold, lineage, load_checkpoint,
-                                         step_to_resume, warn_of_changes)
+                                         read_meta, step_to_resume, warn_of_changes)
 from nanochat.common import (DTYPES, UserError, compute_cleanup, compute_init, dataset_label, get_compute_dtype,
                              init_wandb, print0, print_banner, run_main)
 from nanochat.core_eval import evaluate_model
 from nanochat.dataloader import first_rows, merge_lane_states, prefetched, pretraining_loader, usable_lanes
 from nanochat.engine import Engine
 from nanochat.flash_attention import describe_backend
-from nanochat.forecast import forecast_of_run
+from nanochat.forecast import COMPILER_MIB, WASTE, forecast_of_run
 from nanochat.gpt import GPT, config_of_depth, memory_forecast
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.preflight import check_collectives, check_data, check_disk, check_saving, check_steps, run_checks
@@ -172,15 +172,16 @@ def print_plan(args, model, compute, num_steps):
     micro = args.device_batch_size * args.max_seq_len
     print0(f"Tokens per micro-batch: {micro:,} per rank, {micro * compute.ddp_world_size:,} in all; "
            f"accumulation steps: {args.total_batch_size // (micro * compute.ddp_world_size)}")
-    print0(f"Memory forecast: {peak_forecast(args, model, compute) / 2**20:,.0f} MiB per rank, beside the process "
-           "itself" + ", activations made again (--recompute)" * args.recompute)
+    if args.recompute:
+        print0("Activations are made again in the backward pass (--recompute)")
     for name, size in sizes.items():
         print0(f"{name:24s}: {size:,}")
     plan = {"Number of parameters": sizes["total"], "Number of FLOPs per token": flops,
             "Calculated number of iterations": num_steps,
             "Number of training tokens": num_steps * args.total_batch_size,
             "Tokens : Scaling params ratio": num_steps * args.total_batch_size / scaling,
-            "DDP world size": compute.ddp_world_size}
+            "DDP world size": compute.ddp_world_size,
+            "Forecast of peak memory per rank, MiB": peak_forecast(args, model, compute)}
     for name, value in plan.items():
         print0(f"{name}: {value:,.2f}" if isinstance(value, float) else f"{name}: {value:,}")
     print0(f"Total training FLOPs: {flops * plan['Number of training tokens']:.3e}")
@@ -188,9 +189,13 @@ def print_plan(args, model, compute, num_steps):
 
 
 def peak_forecast(args, model, compute):
-    """Bytes that a rank will need at most, beside the process itself."""
-    return memory_forecast(model.config, args.device_batch_size, compute.device.type, model.compute_dtype.itemsize,
-                           compute.ddp_world_size, args.recompute)["peak"]
+    """MiB that a rank will need at most, before its first step; on a CPU with all that the process holds besides."""
+    parts = memory_forecast(model.config, args.device_batch_size, compute.device.type, model.compute_dtype.itemsize,
+                            compute.ddp_world_size, args.recompute)
+    if compute.device.type != "cpu":
+        return parts["peak"] / 2**20
+    process = peak_memory_mib(compute) - parts["weights"] / 2**20 + COMPILER_MIB * (args.compile != "off")
+    return process + (1 + WASTE["cpu"]) * parts["peak"] / 2**20
 
 
 def make_model(args, compute, vocab_size):
@@ -450,8 +455,7 @@ def report(run, plan, metrics):
 def forecast(run, plan):
     """What could be said of this run beforehand, to be set beside what came out."""
     name = torch.cuda.get_device_name() if run.compute.device.type == "cuda" else None
-    return forecast_of_run(run.model.config, plan["Number of training tokens"], name, run.compute.ddp_world_size,
-                           peak_forecast(run.args, run.model, run.compute))
+    return forecast_of_run(run.model.config, plan["Number of training tokens"], name, run.compute.ddp_world_size)
 
 
 def main(argv=None):
@@ -469,6 +473,8 @@ def main(argv=None):
     if label := dataset_label():
         print0(f"Data set: {label} (synthetic: its scores are not those of the published benchmarks)")
 
+    if resume_step is not None and args.total_batch_size == "auto": # whatever it would be for the ranks of today
+        args.total_batch_size = read_meta(folder, resume_step)["user_config"]["total_batch_size"]
     model, num_steps = make_model(args, compute, tokenizer.get_vocab_size())
     plan = print_plan(args, model, compute, num_steps)
     optimizer = build_optimizer(model, args, num_steps)

@@ -91,7 +91,7 @@ def test_a_run_writes_what_the_later_stages_need(base_dir, capsys):
     with open(section) as file:
         text = file.read()
     assert "CORE metric estimate (tinyworld, at most 4 examples per task)" in text
-    assert "Forecast of the memory, without the process" in text, "beside the outcome"
+    assert "Forecast of peak memory per rank, MiB" in text, "beside the outcome"
     assert "The capital of France is" in out and "tinyworld (synthetic" in out
     assert "Tokens : Scaling params ratio" in out
     assert "Attention: scaled_dot_product_attention, windows in blocks" in out
@@ -259,9 +259,23 @@ def test_an_automatic_batch_is_settled_before_it_is_saved(base_dir, capsys):
     train(*flags)
     tokens = meta(base_dir, "settled", 2)["user_config"]["total_batch_size"]
     assert tokens % (4 * 32) == 0 and f"Total batch size: {tokens:,} tokens (auto" in capsys.readouterr().out
-    train(*flags, "--resume-from-step=2", "--overwrite")
+    for moved in ([], ["--device-batch-size=1"]): # where it would be rounded otherwise
+        train(*flags, "--resume-from-step=2", "--overwrite", *moved)
+        assert meta(base_dir, "settled", 3)["user_config"]["total_batch_size"] == tokens
     with pytest.raises(ValueError, match=f"--total-batch-size was {tokens}, is {2 * tokens}"):
         train(*flags, f"--total-batch-size={2 * tokens}", "--resume-from-step=2", "--overwrite")
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_process_is_forecast_within_a_tenth(base_dir, tmp_path):
+    flags = ("--model-tag=memory --num-iterations=2 --eval-every=-1 --compile=auto --depth=4 --aspect-ratio=64 "
+             "--head-dim=128 --max-seq-len=512 --device-batch-size=8 --total-batch-size=4096").split()
+    cold = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} # from a cache, compiling takes less memory
+    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, *flags], check=True, text=True,
+                          capture_output=True, env=cold)
+    forecast, peak = (float(re.search(f"{name}: ([\\d,.]+)", done.stdout)[1].replace(",", ""))
+                      for name in ("Forecast of peak memory per rank, MiB", "Peak memory usage"))
+    assert forecast == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.slow
@@ -277,7 +291,7 @@ def test_an_automatic_micro_batch_keeps_the_step(base_dir, capsys):
     train("--model-tag=auto", "--num-iterations=1", "--device-batch-size=auto", "--recompute", "--eval-every=-1")
     out = capsys.readouterr().out
     assert "Device batch size: 8 rows (auto: forecast" in out and "accumulation steps: 1" in out
-    assert "MiB per rank, beside the process itself, activations made again (--recompute)" in out
+    assert "Activations are made again in the backward pass (--recompute)" in out
     assert meta(base_dir, "auto", 1)["device_batch_size"] == 8
 
 
