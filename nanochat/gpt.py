@@ -206,28 +206,56 @@ def chunks_of(x, vocab_size):
     return [slice(start, start + size) for start in range(0, x.size(0), size)]
 
 
+def exp_sums(logits):
+    """Sums of exp(softcap(logits)), (N, V) -> (N, 1); in range without a maximum, as the softcap bounds them."""
+    return (2 * SOFTCAP * _sigmoid_of(logits) - SOFTCAP).exp().sum(-1, keepdim=True)
+
+
+def softmax_gradients_(logits, scale):
+    """Put scale * exp(z) * dz/dlogits in place of the logits (N, V), where z = softcap(logits); scale (N, 1)."""
+    s = _sigmoid_of(logits)
+    logits.copy_((2 * SOFTCAP * s - SOFTCAP).exp() * (s - s * s) * (4 * scale)) # tanh' y = 4 sigmoid'(2y)
+
+
+def add_(total, part):
+    """total += part of a coarser dtype: compiled without a copy of it."""
+    total.copy_(total + part)
+
+
+def _sigmoid_of(logits):
+    return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)) * (2 / SOFTCAP))
+
+
+LOSS_KERNELS = exp_sums, softmax_gradients_, add_ # what lies between the products of SummedLoss, to be compiled
+
+
 class SummedLoss(torch.autograd.Function):
     """
     Sum of the token losses, with gradients taken chunk by chunk already in the forward pass.
 
-    Possible because the gradient of a sum does not depend on what comes after it but for one factor. Exact: the same
-    operations as on the full logits. `losses_fn` is `token_losses`, compiled or not. Rows of `weight` from
-    `vocab_size` on take no part. Gradients of the head are large, so none is made twice: backward scales them in place.
+    Possible because the gradient of a sum does not depend on what comes after it but for one factor. Exact: that of the
+    full logits, which a chunk passes over twice in place, for the sum of a row and for the gradient. `kernels` are
+    LOSS_KERNELS, compiled or not. Rows of `weight` from `vocab_size` on take no part. Gradients of the head are large,
+    so none is made twice: backward scales them in place.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, vocab_size, targets, losses_fn):
+    def forward(ctx, x, weight, vocab_size, targets, kernels):
+        exp_sums, softmax_gradients_, add_ = kernels
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        leaf = weight.detach()[:vocab_size].to(x.dtype).requires_grad_() # cast once, not for every chunk
+        head = weight[:vocab_size].to(x.dtype) # cast once, not for every chunk
+        room = x.new_empty(min(len(x), chunk_rows(vocab_size, x.device.type)), vocab_size)
         for rows in chunks_of(x, vocab_size):
-            chunk = x[rows].detach().requires_grad_()
-            with torch.enable_grad():
-                loss = losses_fn(chunk, leaf, targets[rows]).sum()
-            grad_x[rows], grad = torch.autograd.grad(loss, (chunk, leaf))
-            grad_weight[:vocab_size] += grad
-            del grad
-            total += loss.detach()
+            logits = torch.mm(x[rows], head.T, out=room[:len(x[rows])]) # (n, V)
+            counts, at = targets[rows] != -1, (torch.arange(len(logits), device=x.device), targets[rows].clamp(min=0))
+            sums, target = exp_sums(logits).squeeze(1), softcap(logits[at]) # (n,)
+            total += ((sums.log() - target) * counts).sum()
+            softmax_gradients_(logits, (counts / sums)[:, None])
+            slope = (1 - (target / SOFTCAP) ** 2) * counts
+            logits[at] = (slope * (target.exp() / sums - 1)).to(x.dtype)
+            add_(grad_weight[:vocab_size], logits.T @ x[rows])
+            torch.mm(logits, head, out=grad_x[rows])
         ctx.save_for_backward(grad_x, grad_weight)
         return total
 
@@ -253,6 +281,7 @@ class GPT(nn.Module):
         self.compute_dtype = None
         self.rotary_dtype = torch.bfloat16 # how the tables are stored; blanket casts of the model leave it alone
         self.block_fn, self.losses_fn = Block.forward, token_losses # training.compile_model swaps in compiled ones
+        self.loss_kernels = LOSS_KERNELS
         self.recompute = False # True: training keeps the inputs of blocks alone, and makes the rest again when needed
         padded = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
         if padded != config.vocab_size:
@@ -392,7 +421,7 @@ class GPT(nn.Module):
             loss = torch.cat([losses_fn(x[rows], head, targets[rows]) for rows in chunks_of(x, head.size(0))])
             loss = loss if loss_reduction == "none" else loss.sum()
         else:
-            loss = SummedLoss.apply(x, self.lm_head.weight, head.size(0), targets, self.losses_fn)
+            loss = SummedLoss.apply(x, self.lm_head.weight, head.size(0), targets, self.loss_kernels)
         if loss_reduction in ("none", "sum"):
             return loss
         return loss / (targets != -1).sum()
@@ -559,7 +588,7 @@ def memory_forecast(config, rows, device_type="cuda", dtype_bytes=2, world_size=
         "activations": int(kept),
         "attention's probabilities": int(kept_scores) * (1 if recompute else L), # see flash_attention._use_products
         "bf16 copies of matrices": 2 * matrices // (L if recompute else 1) if dtype_bytes == 2 else 0,
-        "loss, or backward of a block": max(head + logits * (4 + 2 * dtype_bytes), tokens * dtype_bytes * 10 * C),
+        "loss, or backward of a block": max(head + logits * dtype_bytes, tokens * dtype_bytes * 10 * C),
         "optimizer step": 28 * 4 * C * C * L // world_size + 4 * matrices * (world_size > 1), # stacks of Muon's groups
     }
     resting, step = sum(parts[name] for name in ("weights", "gradients", "optimizer state")), parts["optimizer step"]

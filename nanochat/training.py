@@ -20,7 +20,7 @@ import torch.distributed as dist
 from nanochat.common import (UserError, atomic_write, dist_timeout, finite, get_peak_flops, is_ddp_initialized,
                              is_ddp_requested, print0)
 from nanochat.flash_attention import load_kernels
-from nanochat.gpt import Block, memory_forecast, token_losses
+from nanochat.gpt import LOSS_KERNELS, Block, memory_forecast, token_losses
 
 # What a base model is asked to continue, to see at a glance what it has learned.
 SAMPLE_PROMPTS = [
@@ -265,11 +265,12 @@ def compile_model(model, mode, warm_up):
     load_kernels()
     model.block_fn = torch.compile(Block.forward, dynamic=False)
     model.losses_fn = torch.compile(token_losses, dynamic=False)
+    model.loss_kernels = tuple(torch.compile(kernel, dynamic=False) for kernel in LOSS_KERNELS)
     try:
         warm_up()
         return f"Compile: blocks and loss compiled in {time.time() - start:.1f} s"
     except Exception as error: # no C++ compiler, an unsupported device, a missing header: eager computes the same
-        model.block_fn, model.losses_fn = Block.forward, token_losses
+        model.block_fn, model.losses_fn, model.loss_kernels = Block.forward, token_losses, LOSS_KERNELS
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if mode == "on":
             raise UserError(f"--compile on was asked for, but compiling failed: {reason}") from error
