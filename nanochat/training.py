@@ -179,9 +179,9 @@ def lr_multiplier(step, num_steps, warmup_ratio=0.0, warmdown_ratio=0.4, final_l
     return left + (1 - left) * final_lr_frac
 
 
-def muon_momentum(step):
-    """0.85 rising to 0.95 over the first 300 steps."""
-    fraction = min(step / 300, 1)
+def muon_momentum(step, num_steps=math.inf):
+    """0.85 rising to 0.95 over the first 300 steps, or the first seventh of a short run (dev/LOG.md)."""
+    fraction = min(step / min(300, max(1, num_steps / 7)), 1)
     return (1 - fraction) * 0.85 + fraction * 0.95
 
 

@@ -269,7 +269,8 @@ def build_optimizer(model, args, num_steps):
 def follow_schedule(optimizer, step, num_steps, args):
     """Set rates, momentum and decay for a step; returns the factor on the rates."""
     multiplier = lr_multiplier(step, num_steps, args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac)
-    set_schedule(optimizer, multiplier, muon_momentum(step), scaled_weight_decay(args) * (1 - step / num_steps))
+    weight_decay = scaled_weight_decay(args) * (1 - step / num_steps)
+    set_schedule(optimizer, multiplier, muon_momentum(step, num_steps), weight_decay)
     return multiplier
 
 

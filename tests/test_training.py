@@ -52,6 +52,9 @@ def test_lr_multiplier_at_the_boundaries():
 
 def test_muon_momentum():
     assert [muon_momentum(t) for t in (0, 150, 300, 1000)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
+    assert [muon_momentum(t, 2205) for t in (0, 150, 300)] == pytest.approx([0.85, 0.90, 0.95]), "d12: as published"
+    assert [muon_momentum(t, 700) for t in (0, 50, 100, 699)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
+    assert [muon_momentum(t, 1) for t in (0, 1)] == pytest.approx([0.85, 0.95])
 
 
 def test_set_schedule_reaches_all_groups_and_decay_only_muon():
