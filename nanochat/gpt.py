@@ -218,8 +218,8 @@ def softmax_gradients_(logits, scale):
 
 
 def add_(total, part):
-    """total += part of a coarser dtype: compiled without a copy of it."""
-    total.copy_(total + part)
+    """total += part, of a coarser dtype: compiled, it is not copied for that."""
+    total.add_(part)
 
 
 def _sigmoid_of(logits):
