@@ -152,10 +152,10 @@ def batch_for_horizon(num_tokens):
     Tokens of an optimizer step for a run of num_tokens, a power of two.
 
     The best batch grows with the tokens of the run, D^0.383 (Bergsma et al. 2025, https://arxiv.org/abs/2505.13738). At
-    most 2^20, as whether more is any good is not known, and small enough for some 500 steps (dev/LOG.md).
+    most 2^20, as whether more is any good is not known, and small enough for 500 steps or more (dev/LOG.md).
     """
-    batch = min(2**20, REFERENCE_BATCH * (num_tokens / REFERENCE_TOKENS) ** 0.383, max(1, num_tokens / 500))
-    return 2 ** round(math.log2(batch))
+    batch = min(2**20, REFERENCE_BATCH * (num_tokens / REFERENCE_TOKENS) ** 0.383)
+    return 2 ** min(round(math.log2(batch)), max(0, math.floor(math.log2(num_tokens / 500))))
 
 
 def rate_scale(total_batch_size, num_tokens):
