@@ -31,7 +31,7 @@ from nanochat.tokenizer import get_tokenizer, token_bytes_of
 from nanochat.training import accumulate, compile_model, lr_multiplier
 from scripts import base_train
 
-ROWS = 16 # of a micro-batch
+ROWS = 16 # of a batch of validation
 
 
 class Reference:
@@ -75,20 +75,20 @@ class Ours:
     """The loop of base_train for a run of so many tokens, with its defaults but for sizes and `flags`."""
 
     def __init__(self, args, tokenizer, num_tokens, flags=()):
-        shape = [f"--depth={args.depth}", f"--max-seq-len={args.seq_len}", f"--device-batch-size={ROWS}"]
+        shape = [f"--depth={args.depth}", f"--max-seq-len={args.seq_len}", "--device-batch-size=auto"]
         self.args = base_train.build_parser().parse_args([*shape, *flags])
         sizes = count_params(base_train.build_config(self.args, tokenizer.get_vocab_size()))
         self.args.target_param_data_ratio = num_tokens / (sizes["transformer_matrices"] + sizes["lm_head"])
         torch.manual_seed(42)
         self.model, self.num_steps = base_train.make_model(self.args, CPU, tokenizer.get_vocab_size())
-        self.judged = self.model
+        self.judged, self.num_rows = self.model, self.args.device_batch_size
         self.optimizer = base_train.build_optimizer(self.model, self.args, self.num_steps)
-        print(compile_model(self.model, "auto", lambda: base_train.warm_up(self.model, ROWS)))
-        self.data = pretraining_loader(tokenizer, ROWS, args.seq_len, "train", device="cpu",
+        print(compile_model(self.model, "auto", lambda: base_train.warm_up(self.model, self.num_rows)))
+        self.data = pretraining_loader(tokenizer, self.num_rows, args.seq_len, "train", device="cpu",
                                        requeue=self.args.remainders == "requeue")
 
     def batch(self):
-        count = self.args.total_batch_size // (ROWS * self.args.max_seq_len)
+        count = self.args.total_batch_size // (self.num_rows * self.args.max_seq_len)
         return [next(self.data)[:2] for _ in range(count)]
 
     def update(self, batch, step, num_steps):
