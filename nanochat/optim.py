@@ -39,8 +39,8 @@ def orthogonalize(g, ns_steps=5, dtype=torch.bfloat16):
     tall = x.size(-2) > x.size(-1)
     for alpha, beta, gamma in POLAR_EXPRESS[:ns_steps]:
         gram = x.mT @ x if tall else x @ x.mT # the smaller of the two
-        z = torch.baddbmm(gram, gram, gram, beta=beta, alpha=gamma) # rounded once, not three times
-        x = torch.baddbmm(x, *((x, z) if tall else (z, x)), beta=alpha)
+        z = beta * gram + gamma * (gram @ gram)
+        x = alpha * x + (x @ z if tall else z @ x)
     return x
 
 

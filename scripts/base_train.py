@@ -194,7 +194,8 @@ def peak_forecast(args, model, compute):
                             compute.ddp_world_size, args.recompute)
     if compute.device.type != "cpu":
         return parts["peak"] / 2**20
-    process = peak_memory_mib(compute) - parts["weights"] / 2**20 + COMPILER_MIB * (args.compile != "off")
+    import psutil
+    process = (psutil.Process().memory_info().rss - parts["weights"]) / 2**20 + COMPILER_MIB * (args.compile != "off")
     return process + (1 + WASTE["cpu"]) * parts["peak"] / 2**20
 
 
