@@ -41,6 +41,7 @@ TOOL_ERROR = "error"  # what the model reads when the calculator has no result
 PREFILL_TOKENS = 4096 # so many prompt positions a step at most, where nobody waits for the next token
 MIN_SHARED = 16       # tokens that prompts must have in common before keys are copied, or waited for
 PATIENCE = 64         # a prompt that waits goes before one that came a step later and is at most so much shorter
+CAPTURE_AFTER = 8     # steps with a number of rows before it gets a CUDA graph: a guess, as nothing was timed on a GPU
 NOT_FINITE = ("the logits are not finite: take another checkpoint if the weights are damaged, or --dtype float32 if "
               "the dtype is too coarse")
 
@@ -307,7 +308,6 @@ class Decoder:
     do; a graph is launched once. It keeps the addresses of what it reads: its own ids and lengths, and the cache, over
     all of which it attends, as the host's lengths are not its own. If capturing fails, decoding goes on without.
     """
-    PATIENCE = 8 # steps with a number of rows before it gets a graph: capturing takes some three of them
 
     def __init__(self, model, cache):
         self.model, self.cache = model, cache
@@ -318,12 +318,12 @@ class Decoder:
         """ids and lengths of rows 0, 1, ..., lists of ints. Returns logits (rows, V), good until the next call."""
         num_rows = len(ids)
         self.num_steps[num_rows] += 1
-        if self.wants_graphs and self.num_steps[num_rows] > self.PATIENCE and num_rows not in self.graphs:
+        if self.wants_graphs and self.num_steps[num_rows] > CAPTURE_AFTER and num_rows not in self.graphs:
             self._capture(num_rows, lengths)
         if not self.wants_graphs or num_rows not in self.graphs:
             view = self.cache.rows(0, num_rows, lengths)
             return self.model.forward(torch.tensor(ids, device=view.device)[:, None], kv_cache=view)[:, -1]
-        replay, inputs, cache_seqlens, logits = self.graphs[num_rows]
+        replay, inputs, cache_seqlens, logits, _ = self.graphs[num_rows]
         inputs.copy_(torch.tensor(ids)[:, None])
         cache_seqlens.copy_(torch.tensor(lengths, dtype=torch.int32))
         replay()
@@ -336,8 +336,8 @@ class Decoder:
         try:
             replay, logits, self.pool = capture_graph(lambda: self.model.forward(inputs, kv_cache=view)[:, -1],
                                                       view.device, self.pool)
-            self.graphs[num_rows] = replay, inputs, view.cache_seqlens, logits
-            self.tables = self.model.cos, self.model.sin # the model may make longer ones, the graphs read these
+            tables = self.model.cos, self.model.sin # held: the model may make longer ones, this graph reads these
+            self.graphs[num_rows] = replay, inputs, view.cache_seqlens, logits, tables
         except RuntimeError as error: # a kernel that waits for the host, or too little memory: the same, but slower
             self.wants_graphs = False
             logger.warning(f"Decoding without CUDA graphs: {type(error).__name__}: {error}")
@@ -346,7 +346,7 @@ class Decoder:
 def describe_decoding(device):
     """One sentence for the start: how decoding runs here, and why."""
     if device.type == "cuda":
-        return f"Decoding: a CUDA graph for each number of rows, captured after {Decoder.PATIENCE} steps with it"
+        return f"Decoding: a CUDA graph for each number of rows, captured after {CAPTURE_AFTER} steps with it"
     return f"Decoding: kernel by kernel (CUDA graphs need a GPU, this is {device.type})"
 
 
