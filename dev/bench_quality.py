@@ -100,10 +100,12 @@ class Ours:
 # -----------------------------------------------------------------------------
 # Runs side by side
 
-def speed(trainee, tokens):
-    """Seconds per token of a trainee that is not needed afterwards."""
-    batch = trainee.batch()
-    return statistics.median(seconds(lambda: trainee.update(batch, 0, 100)) for _ in range(5)) / tokens
+def speed(trainee, tokens, measured):
+    """Seconds per token of a trainee that is not needed afterwards, over `measured` seconds of its steps."""
+    spent, batch = [], trainee.batch()
+    while len(spent) < 3 or sum(spent) < measured:
+        spent.append(seconds(lambda: trainee.update(batch, 0, 100)))
+    return statistics.median(spent) / tokens
 
 
 def train(runs):
@@ -143,7 +145,7 @@ def main(argv=None):
     tokenizer = get_tokenizer()
     batches = {}
     for num_rows in args.batches:
-        per_token = speed(Reference(args, tokenizer, num_rows), num_rows * args.seq_len)
+        per_token = speed(Reference(args, tokenizer, num_rows), num_rows * args.seq_len, 2 * args.minutes)
         batches[num_rows] = per_token, math.inf
         if len(args.batches) > 1:
             pilot = reference_at(num_rows, args, tokenizer, args.pilot_minutes, per_token)
@@ -153,7 +155,7 @@ def main(argv=None):
     best = min(batches, key=lambda num_rows: batches[num_rows][1])
     runs = [reference_at(best, args, tokenizer, args.minutes, batches[best][0])]
     example = Ours(args, tokenizer, 1e7)
-    per_token = speed(example, example.args.total_batch_size)
+    per_token = speed(example, example.args.total_batch_size, 2 * args.minutes)
     for share, *flags in map(str.split, args.runs):
         trainee = Ours(args, tokenizer, 60 * args.minutes * float(share) / per_token, flags)
         runs.append((trainee, trainee.num_steps))
