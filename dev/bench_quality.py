@@ -154,10 +154,11 @@ def main(argv=None):
             print(f"reference, {num_rows} rows a step, {pilot[1]} steps: bpb {batches[num_rows][1]:.4f}", flush=True)
     best = min(batches, key=lambda num_rows: batches[num_rows][1])
     runs = [reference_at(best, args, tokenizer, args.minutes, batches[best][0])]
-    example = Ours(args, tokenizer, 1e7)
-    per_token = speed(example, example.args.total_batch_size, 2 * args.minutes)
     for share, *flags in map(str.split, args.runs):
-        trainee = Ours(args, tokenizer, 60 * args.minutes * float(share) / per_token, flags)
+        time_spent = 60 * args.minutes * float(share)
+        guess = Ours(args, tokenizer, 2 * time_spent / batches[best][0], flags) # its length decides on its batch
+        per_token = speed(guess, guess.args.total_batch_size, 2 * args.minutes)
+        trainee = Ours(args, tokenizer, time_spent / per_token, flags)
         runs.append((trainee, trainee.num_steps))
     print(f"training {len(runs)} models, {runs[0][1]:,} steps of the reference", flush=True)
     spent = train(runs)
