@@ -139,7 +139,7 @@ def main(argv=None):
     add("--minutes", type=float, default=20, help="steps of the reference")
     add("--pilot-minutes", type=float, default=1, help="steps of the reference for each of the batches")
     add("--batches", type=int, nargs="+", default=[16, 32, 64], help="rows of a step of the reference, to choose from")
-    add("--runs", nargs="+", default=["0.45"], help="ours, e.g. 0.45 '0.45 --remainders=requeue'")
+    add("--runs", nargs="+", default=["0.43"], help="ours, e.g. 0.43 '0.43 --remainders=requeue'")
     add("--eval-tokens", type=int, default=524288)
     args = parser.parse_args(argv)
     tokenizer = get_tokenizer()
