@@ -100,12 +100,17 @@ class Ours:
 # -----------------------------------------------------------------------------
 # Runs side by side
 
-def speed(trainee, tokens, measured):
-    """Seconds per token of a trainee that is not needed afterwards, over `measured` seconds of its steps."""
-    spent, batch = [], trainee.batch()
-    while len(spent) < 3 or sum(spent) < measured:
-        spent.append(seconds(lambda: trainee.update(batch, 0, 100)))
-    return statistics.median(spent) / tokens
+def speeds(trainees, tokens, measured):
+    """
+    Seconds per token of trainees that are not needed afterwards, with so many `tokens` a step, over `measured` seconds.
+
+    In turns, so that a machine that slows down for a while does so for all: their ratio decides on the shares.
+    """
+    spent, batches = [[] for _ in trainees], [trainee.batch() for trainee in trainees]
+    while len(spent[0]) < 3 or sum(map(sum, spent)) < measured:
+        for times, trainee, batch in zip(spent, trainees, batches):
+            times.append(seconds(lambda: trainee.update(batch, 0, 100)))
+    return [statistics.median(times) / num_tokens for times, num_tokens in zip(spent, tokens)]
 
 
 def train(runs):
@@ -143,22 +148,25 @@ def main(argv=None):
     add("--eval-tokens", type=int, default=524288)
     args = parser.parse_args(argv)
     tokenizer = get_tokenizer()
-    batches = {}
+    pilots = {}
     for num_rows in args.batches:
-        per_token = speed(Reference(args, tokenizer, num_rows), num_rows * args.seq_len, 2 * args.minutes)
-        batches[num_rows] = per_token, math.inf
+        (per_token,) = speeds([Reference(args, tokenizer, num_rows)], [num_rows * args.seq_len], args.minutes)
+        pilots[num_rows] = math.inf, per_token
         if len(args.batches) > 1:
             pilot = reference_at(num_rows, args, tokenizer, args.pilot_minutes, per_token)
             train([pilot])
-            batches[num_rows] = per_token, validation_bpb(pilot[0], tokenizer, args)
-            print(f"reference, {num_rows} rows a step, {pilot[1]} steps: bpb {batches[num_rows][1]:.4f}", flush=True)
-    best = min(batches, key=lambda num_rows: batches[num_rows][1])
-    runs = [reference_at(best, args, tokenizer, args.minutes, batches[best][0])]
-    for share, *flags in map(str.split, args.runs):
-        time_spent = 60 * args.minutes * float(share)
-        guess = Ours(args, tokenizer, 2 * time_spent / batches[best][0], flags) # its length decides on its batch
-        per_token = speed(guess, guess.args.total_batch_size, 2 * args.minutes)
-        trainee = Ours(args, tokenizer, time_spent / per_token, flags)
+            pilots[num_rows] = validation_bpb(pilot[0], tokenizer, args), per_token
+            print(f"reference, {num_rows} rows a step, {pilot[1]} steps: bpb {pilots[num_rows][0]:.4f}", flush=True)
+    best = min(pilots, key=pilots.get)
+    budgets = [60 * args.minutes * float(run.split()[0]) for run in args.runs] # seconds
+    ours = [Ours(args, tokenizer, 2 * budget / pilots[best][1], run.split()[1:]) # the length decides on the batch
+            for budget, run in zip(budgets, args.runs)]
+    reference_per_token, *per_token = speeds(
+        [Reference(args, tokenizer, best), *ours],
+        [best * args.seq_len, *(trainee.args.total_batch_size for trainee in ours)], 4 * args.minutes)
+    runs = [reference_at(best, args, tokenizer, args.minutes, reference_per_token)]
+    for budget, each, run in zip(budgets, per_token, args.runs):
+        trainee = Ours(args, tokenizer, budget / each, run.split()[1:])
         runs.append((trainee, trainee.num_steps))
     print(f"training {len(runs)} models, {runs[0][1]:,} steps of the reference", flush=True)
     spent = train(runs)
