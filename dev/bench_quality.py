@@ -28,7 +28,7 @@ from nanochat.dataloader import first_rows, pretraining_loader
 from nanochat.gpt import count_params
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.tokenizer import get_tokenizer, token_bytes_of
-from nanochat.training import accumulate, compile_model, lr_multiplier
+from nanochat.training import accumulate, compile_model, grad_accum_steps, lr_multiplier
 from scripts import base_train
 
 ROWS = 16 # of a batch of validation
@@ -47,7 +47,7 @@ class Reference:
         zeros = torch.zeros((num_rows, args.seq_len), dtype=torch.long)
         self.compiled(zeros, zeros).backward() # compilation is not part of the time
         self.model.zero_grad(set_to_none=True)
-        self.judged = self
+        self.judged, self.tokens_per_step = self, num_rows * args.seq_len
 
     def batch(self):
         return next(self.data)[:2]
@@ -81,18 +81,19 @@ class Ours:
         self.args.target_param_data_ratio = num_tokens / (sizes["transformer_matrices"] + sizes["lm_head"])
         torch.manual_seed(42)
         self.model, self.num_steps = base_train.make_model(self.args, CPU, tokenizer.get_vocab_size())
-        self.judged, self.num_rows = self.model, self.args.device_batch_size
+        self.judged, self.tokens_per_step = self.model, self.args.total_batch_size
+        num_rows = self.args.device_batch_size
         self.optimizer = base_train.build_optimizer(self.model, self.args, self.num_steps)
-        print(compile_model(self.model, "auto", lambda: base_train.warm_up(self.model, self.num_rows)))
-        self.data = pretraining_loader(tokenizer, self.num_rows, args.seq_len, "train", device="cpu",
+        print(compile_model(self.model, "auto", lambda: base_train.warm_up(self.model, num_rows)))
+        self.data = pretraining_loader(tokenizer, num_rows, args.seq_len, "train", device="cpu",
                                        requeue=self.args.remainders == "requeue")
 
     def batch(self):
-        count = self.args.total_batch_size // (self.num_rows * self.args.max_seq_len)
+        count = grad_accum_steps(self.tokens_per_step, self.args.device_batch_size, self.args.max_seq_len, 1)
         return [next(self.data)[:2] for _ in range(count)]
 
     def update(self, batch, step, num_steps):
-        accumulate(self.model, batch, self.args.total_batch_size, CPU)
+        accumulate(self.model, batch, self.tokens_per_step, CPU)
         base_train.follow_schedule(self.optimizer, step, num_steps, self.args)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -100,9 +101,9 @@ class Ours:
 # -----------------------------------------------------------------------------
 # Runs side by side
 
-def speeds(trainees, tokens, measured):
+def speeds(trainees, measured):
     """
-    Seconds per token of trainees that are not needed afterwards, with so many `tokens` a step, over `measured` seconds.
+    Seconds per token of trainees that are not needed afterwards, over `measured` seconds of their steps.
 
     In turns, so that a machine that slows down for a while does so for all: their ratio decides on the shares.
     """
@@ -110,7 +111,7 @@ def speeds(trainees, tokens, measured):
     while len(spent[0]) < 3 or sum(map(sum, spent)) < measured:
         for times, trainee, batch in zip(spent, trainees, batches):
             times.append(seconds(lambda: trainee.update(batch, 0, 100)))
-    return [statistics.median(times) / num_tokens for times, num_tokens in zip(spent, tokens)]
+    return [statistics.median(times) / trainee.tokens_per_step for times, trainee in zip(spent, trainees)]
 
 
 def train(runs):
@@ -150,7 +151,7 @@ def main(argv=None):
     tokenizer = get_tokenizer()
     pilots = {}
     for num_rows in args.batches:
-        (per_token,) = speeds([Reference(args, tokenizer, num_rows)], [num_rows * args.seq_len], args.minutes)
+        (per_token,) = speeds([Reference(args, tokenizer, num_rows)], args.minutes)
         pilots[num_rows] = math.inf, per_token
         if len(args.batches) > 1:
             pilot = reference_at(num_rows, args, tokenizer, args.pilot_minutes, per_token)
@@ -159,11 +160,9 @@ def main(argv=None):
             print(f"reference, {num_rows} rows a step, {pilot[1]} steps: bpb {pilots[num_rows][0]:.4f}", flush=True)
     best = min(pilots, key=pilots.get)
     budgets = [60 * args.minutes * float(run.split()[0]) for run in args.runs] # seconds
-    ours = [Ours(args, tokenizer, 2 * budget / pilots[best][1], run.split()[1:]) # the length decides on the batch
-            for budget, run in zip(budgets, args.runs)]
-    reference_per_token, *per_token = speeds(
-        [Reference(args, tokenizer, best), *ours],
-        [best * args.seq_len, *(trainee.args.total_batch_size for trainee in ours)], 4 * args.minutes)
+    guesses = ((2 * budget / pilots[best][1], run.split()[1:]) for budget, run in zip(budgets, args.runs))
+    reference_per_token, *per_token = speeds( # of ours at about their lengths, which decide on their batches
+        [Reference(args, tokenizer, best), *(Ours(args, tokenizer, *guess) for guess in guesses)], 4 * args.minutes)
     runs = [reference_at(best, args, tokenizer, args.minutes, reference_per_token)]
     for budget, each, run in zip(budgets, per_token, args.runs):
         trainee = Ours(args, tokenizer, budget / each, run.split()[1:])
@@ -171,8 +170,8 @@ def main(argv=None):
     print(f"training {len(runs)} models, {runs[0][1]:,} steps of the reference", flush=True)
     spent = train(runs)
     bpbs = [validation_bpb(trainee.judged, tokenizer, args) for trainee, _ in runs]
-    names = [f"reference, {best * args.seq_len:,} tokens a step"]
-    names += [f"ours {run}, {trainee.args.total_batch_size:,}" for run, (trainee, _) in zip(args.runs, runs[1:])]
+    names = [f"reference, {runs[0][0].tokens_per_step:,} tokens a step"]
+    names += [f"ours {run}, {trainee.tokens_per_step:,}" for run, (trainee, _) in zip(args.runs, runs[1:])]
     for name, (_, num_steps), time_spent, bpb in zip(names, runs, spent, bpbs):
         print(f"{name:45} {num_steps:6} steps {time_spent / 60:6.2f} minutes ({time_spent / spent[0]:.3f}) "
               f"bpb {bpb:.4f}")
