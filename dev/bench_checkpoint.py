@@ -54,7 +54,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     model, optimizer = build(args)
     batch = tuple(torch.randint(args.vocab_size, (2, args.batch_size, args.seq_len)))
-    print(compile_model(model, "auto", lambda: model(*batch).backward()))
+    print(compile_model(model, "auto", args.batch_size))
     folder = tempfile.mkdtemp()
     saver = Saver(folder, CPU, keep_last=1)
 

@@ -84,7 +84,7 @@ class Ours:
         self.judged, self.tokens_per_step = self.model, self.args.total_batch_size
         num_rows = self.args.device_batch_size
         self.optimizer = base_train.build_optimizer(self.model, self.args, self.num_steps)
-        print(compile_model(self.model, "auto", lambda: base_train.warm_up(self.model, num_rows)))
+        print(compile_model(self.model, "auto", num_rows))
         self.data = pretraining_loader(tokenizer, num_rows, args.seq_len, "train", device="cpu",
                                        requeue=self.args.remainders == "requeue")
 

@@ -147,9 +147,7 @@ class Run:
         """Compile the model for packed rows of seq_len tokens, device_batch_size of them."""
         print0(describe_backend(self.compute.device, self.model.compute_dtype))
         print0("Each conversation of a packed row is computed alone, under a mask (not by FlashAttention-3)")
-        ids = torch.zeros((self.args.device_batch_size, self.seq_len), dtype=torch.long, device=self.compute.device)
-        print0(compile_model(self.model, self.args.compile,
-                             lambda: self.model(ids, ids, loss_reduction="sum", bos_id=self.bos_id).backward()))
+        print0(compile_model(self.model, self.args.compile, self.args.device_batch_size, self.seq_len, self.bos_id))
 
     def hold(self):
         """A context in which no other run writes to the folder; see checkpoint_manager.hold."""

@@ -9,7 +9,7 @@ Layouts are those of FlashAttention-3 (Shah et al. 2024, https://arxiv.org/abs/2
 (left, right) lets a query at position p see keys p-left .. p+right; -1 = unlimited. FA3 runs on Hopper GPUs in bf16 or
 fp16; on other CUDA devices FlexAttention (Dong et al. 2024, https://arxiv.org/abs/2412.05496) takes the windows of
 training, and on all of them packed documents; everywhere else torch's scaled_dot_product_attention does, windows in
-blocks. The choice is made per call, from device and dtype.
+blocks. The choice is made per call, from device and dtype. Compiled training on a CPU has `products_attention` besides.
 """
 import functools
 import logging
@@ -27,13 +27,7 @@ FA3_KERNEL = "varunneal/flash-attention-3" # hub repository of the prebuilt kern
 FA3_REVISION = "main" # the kernels package wants one to be named
 
 
-_kernels = {} # "fa3", "flex": what was found, or None. A plain dict, because torch.compile looks through it
-
-
-def load_kernels():
-    """Look for the kernels now, for those who compile next: the compiler must not trace the search."""
-    _load_fa3()
-    _load_flex()
+_kernels = {} # "fa3", "flex": what was found, or None
 
 
 def _load_fa3():
@@ -170,8 +164,6 @@ def _masked_attn_func(q, k, v, mask):
     if not torch.is_tensor(mask):
         return _kernels["flex"](q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask,
                                 enable_gqa=q.size(2) != k.size(2)).transpose(1, 2)
-    if _use_products(q, -1):
-        return _products_in_blocks(q, k, v, -1, mask)
     num_copies = q.size(2) // k.size(2) # copied: on CUDA no kernel but the slow one takes both a mask and fewer k heads
     k, v = (part.transpose(1, 2).repeat_interleave(num_copies, dim=1) for part in (k, v))
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
@@ -242,8 +234,6 @@ def _sdpa(q, k, v, offset, causal, window_size):
     right = 0 if causal else right # causal: the window's right side is the query itself
     q_len, k_len, rows_differ = q.size(1), k.size(1), torch.is_tensor(offset)
     is_square = not rows_differ and offset == 0 and q_len == k_len and right == 0
-    if is_square and _use_products(q, left):
-        return _products_in_blocks(q, k, v, left)
     if is_square and left >= 0 and q_len > max(left, _block_size(q_len, left)):
         return _sdpa_in_blocks(q, k, v, left)
     if q_len == 1 and not rows_differ: # one query: its window is a slice, no mask needed
@@ -282,39 +272,6 @@ def _sdpa_in_blocks(q, k, v, left):
                             min(start, left), True, (left, 0)) for start, end in zip(starts, [*starts[1:], T])], dim=1)
 
 
-def _use_products(q, left):
-    """
-    In a compiled block on a CPU, plain products with the rest fused between them take half the time of torch's SDPA,
-    most of it saved in the backward pass (dev/LOG.md). They keep the probabilities, so up to 1,024 keys a query.
-    """
-    is_short = min(q.size(1), left + _block_size(q.size(1), left) if left >= 0 else q.size(1)) <= 1024
-    return torch.compiler.is_compiling() and q.device.type == "cpu" and torch.is_grad_enabled() and is_short
-
-
-def _products_in_blocks(q, k, v, left, mask=None):
-    """
-    Causal attention of T queries over T keys, in a window; what lies above the diagonal is mostly left out.
-
-    mask  (B, 1, T, T), added to the scores, with the window in it; None: `left` alone counts
-    """
-    T, copies, heads = q.size(1), q.size(2) // k.size(2), (q.size(0), q.size(2))
-    k, v = (part.repeat_interleave(copies, dim=2) if copies > 1 else part for part in (k, v))
-    q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v)) # (B H, T, D): slices of it are no copies
-    left = T if left < 0 else left
-    size, blocks = max(64, min(T, left) // 4), []
-    for start in range(0, T, size):
-        end, first = min(start + size, T), max(0, start - left)
-        scores = (q[:, start:end] @ k[:, first:end].mT) * q.size(-1)**-0.5
-        scores = scores.to(torch.promote_types(q.dtype, torch.float32))
-        if mask is None:
-            visible = _window_mask(end - start, end - first, start - first, left if left < T else -1, 0, q.device)
-            scores = scores.masked_fill(~visible, -torch.inf)
-        else:
-            scores = (scores.unflatten(0, heads) + mask[:, :, start:end, first:end]).flatten(0, 1)
-        blocks.append(scores.softmax(-1).to(v.dtype) @ v[:, first:end])
-    return torch.cat(blocks, dim=1).unflatten(0, heads).transpose(1, 2)
-
-
 def _window_mask(q_len, k_len, offset, left, right, device):
     """True where a query may look: (Tq, Tk), or (B, Tq, Tk) for an offset of shape (B, 1, 1)."""
     query = offset + torch.arange(q_len, device=device)[:, None]
@@ -325,3 +282,86 @@ def _window_mask(q_len, k_len, offset, left, right, device):
     if right >= 0:
         mask = mask & (key <= query + right)
     return mask
+
+# -----------------------------------------------------------------------------
+# Training on short rows on a CPU
+
+def use_products(q, left):
+    """
+    With compiled SOFTMAX_KERNELS, plain products take half the time of torch's SDPA on a CPU, most of it saved in the
+    backward pass (dev/LOG.md). They keep the probabilities, so up to 1,024 keys a query.
+    """
+    is_short = min(q.size(1), left + _block_size(q.size(1), left) if left >= 0 else q.size(1)) <= 1024
+    return q.device.type == "cpu" and torch.is_grad_enabled() and is_short
+
+
+def products_attention(q, k, v, left, mask, kernels):
+    """
+    Causal attention of T queries over T keys in a window; q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D).
+
+    mask     (B, 1, T, T), added to the scores; or None
+    kernels  SOFTMAX_KERNELS, compiled or not
+    """
+    copies, heads = q.size(2) // k.size(2), (q.size(0), q.size(2))
+    k, v = (part.repeat_interleave(copies, dim=2) if copies > 1 else part for part in (k, v))
+    q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v)) # (B H, T, D): slices of it are no copies
+    return ProductsAttention.apply(q, k, v, left, mask, kernels).unflatten(0, heads).transpose(1, 2)
+
+
+def masked_softmax(scores, scale, left, mask):
+    """
+    Probabilities of scores (N, Tq, Tk), in their dtype, by sums in at least fp32; scaled first.
+
+    The last query stands at the last key. Each sees `left` keys before its own; a mask (B, 1, Tq, Tk) is added.
+    """
+    scores, dtype = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale, scores.dtype
+    if mask is not None:
+        scores = (scores.unflatten(0, (mask.size(0), -1)) + mask).flatten(0, 1)
+    q_len, k_len = scores.shape[1:] # no offset as an argument: a compiler would make another kernel for its value 0
+    visible = _window_mask(q_len, k_len, k_len - q_len, left, 0, scores.device)
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1).to(dtype)
+
+
+def softmax_gradient(probs, grad, scale):
+    """Gradient of the scores from that of the probabilities, both (N, Tq, Tk)."""
+    wide = torch.promote_types(probs.dtype, torch.float32)
+    p, g = probs.to(wide), grad.to(wide)
+    return (p * (g - (p * g).sum(-1, keepdim=True)) * scale).to(probs.dtype)
+
+
+SOFTMAX_KERNELS = masked_softmax, softmax_gradient # what lies between the products of ProductsAttention
+
+
+class ProductsAttention(torch.autograd.Function):
+    """
+    softmax(q k^T) v in blocks of queries: what lies above the diagonal, or out of the window, is mostly left out.
+
+    q, k, v (N, T, D) -> (N, T, D). Made by hand because the few kernels between the products then serve blocks of all
+    sizes, where a compiler makes those of each block anew; kept are the probabilities, once.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, left, mask, kernels):
+        T, scale, y, kept = q.size(1), q.size(-1)**-0.5, torch.empty_like(v), []
+        left = T if left < 0 else min(left, T)
+        size = max(64, left // 4)
+        ctx.blocks = [(slice(start, min(start + size, T)), slice(max(0, start - left), min(start + size, T)))
+                      for start in range(0, T, size)]
+        for rows, keys in ctx.blocks[::-1]:
+            part = None if mask is None else mask[:, :, rows, keys]
+            kept.append(kernels[0](q[:, rows] @ k[:, keys].mT, scale, left, part))
+            y[:, rows] = kept[-1] @ v[:, keys]
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.scale, ctx.softmax_gradient = scale, kernels[1]
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        q, k, v, *kept = ctx.saved_tensors
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for probs, (rows, keys) in zip(kept, ctx.blocks[::-1]):
+            of_scores = ctx.softmax_gradient(probs, grad_y[:, rows] @ v[:, keys].mT, ctx.scale)
+            grad_q[:, rows] = of_scores @ k[:, keys]
+            grad_k[:, keys].baddbmm_(of_scores.mT, q[:, rows])
+            grad_v[:, keys].baddbmm_(probs.mT, grad_y[:, rows])
+        return grad_q, grad_k, grad_v, None, None, None

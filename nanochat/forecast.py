@@ -150,7 +150,7 @@ def calibrate(make_config, max_rows, dtype, depths=(2, 6), budget=40):
             model.init_weights()
             model.compute_dtype = dtype
             optimizer = model.setup_optimizer()
-            compile_model(model, "auto", lambda: model(ids, ids, loss_reduction="sum").backward())
+            compile_model(model, "auto", rows)
         compute = Compute(False, 0, 0, 1, torch.device("cpu"))
         micro = [timed(lambda: accumulate(model, [(ids, ids)], ids.numel(), compute)) for _ in range(5)]
         steps = [timed(optimizer.step) for _ in range(4)]

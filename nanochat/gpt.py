@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import print0
-from nanochat.flash_attention import document_mask, flash_attn, window_mask
+from nanochat.flash_attention import document_mask, flash_attn, products_attention, use_products, window_mask
 from nanochat.optim import MuonAdamW
 
 NORM_EPS = 1.1920929e-07 # fp32 machine epsilon, whatever the dtype of the activations
@@ -124,14 +124,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.ve_gate = Linear(GATE_CHANNELS, self.n_kv_head) if value_embed else None
 
-    def forward(self, u, ve, cos_sin, window, kv_cache=None, mask=None):
+    def project(self, u, ve, cos_sin):
         """
+        What attention works on.
+
         u         (B, T, C)            the normalised input of the block
         ve        (B, T, Hkv * D)      value embeddings of the tokens, or None
         cos_sin   two tables (1 or B, T, 1, D/2), already at the positions of u
-        window    (left, right) in positions
-        mask      of flash_attention.document_mask or window_mask, with the window in it; or None
-        Returns   (B, T, C)
+        Returns   queries (B, T, H, D), keys and values (B, T, Hkv, D)
         """
         B, T, C = u.size()
         q = self.c_q(u).view(B, T, self.n_head, self.head_dim)
@@ -140,17 +140,27 @@ class CausalSelfAttention(nn.Module):
         if ve is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(u[..., :GATE_CHANNELS])) # (B, T, Hkv), in (0, 2)
             v = v + gate.unsqueeze(-1) * ve.view(B, T, self.n_kv_head, self.head_dim).to(v.dtype)
-        q, k = norm(apply_rotary_emb(q, *cos_sin)).to(v.dtype), norm(apply_rotary_emb(k, *cos_sin)).to(v.dtype)
-        if mask is not None:
-            y = flash_attn.masked_attn_func(q, k, v, mask)
-        elif kv_cache is None:
-            y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window)
-        else:
+        return norm(apply_rotary_emb(q, *cos_sin)).to(v.dtype), norm(apply_rotary_emb(k, *cos_sin)).to(v.dtype), v
+
+    def attend(self, q, k, v, window, kv_cache, mask, softmax):
+        """
+        What the queries find in the keys and values, or in the cache, where those go first.
+
+        window    (left, right) in positions
+        mask      of flash_attention.document_mask or window_mask, with the window in it; or None
+        softmax   flash_attention.SOFTMAX_KERNELS, compiled, or None: without them plain products would be slow
+        Returns   (B, T, H, D)
+        """
+        if kv_cache is not None:
             k_cache, v_cache = kv_cache.get_layer_cache(self.layer_idx) # (B, T_max, Hkv, D)
-            start, end = kv_cache.span(T)
-            y = flash_attn.flash_attn_with_kvcache(q, k_cache[:, :end], v_cache[:, :end], k=k, v=v, cache_seqlens=start,
-                                                   causal=True, window_size=window)
-        return self.c_proj(y.reshape(B, T, C))
+            start, end = kv_cache.span(q.size(1))
+            return flash_attn.flash_attn_with_kvcache(q, k_cache[:, :end], v_cache[:, :end], k=k, v=v,
+                                                      cache_seqlens=start, causal=True, window_size=window)
+        if softmax is not None and use_products(q, window[0]):
+            return products_attention(q, k, v, window[0], mask, softmax)
+        if mask is not None:
+            return flash_attn.masked_attn_func(q, k, v, mask)
+        return flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window)
 
 
 class MLP(nn.Module):
@@ -164,15 +174,30 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """
+    Attention and MLP, each added to what comes in.
+
+    What lies before and after the attention itself can be compiled, once for all layers of a kind. Attention is not:
+    its back ends are fast as they are, and windows and blocks make its shapes many.
+    """
+
     def __init__(self, config, layer_idx, value_embed):
         super().__init__()
         self.attn = CausalSelfAttention(config, layer_idx, value_embed)
         self.mlp = MLP(config)
 
-    def forward(self, x, ve, cos_sin, window, kv_cache=None, mask=None):
-        """(B, T, C) -> (B, T, C); the other arguments as in CausalSelfAttention."""
-        x = x + self.attn(norm(x), ve, cos_sin, window, kv_cache, mask)
+    def before(self, x, ve, cos_sin):
+        return self.attn.project(norm(x), ve, cos_sin)
+
+    def after(self, x, y):
+        x = x + self.attn.c_proj(y.flatten(2))
         return x + self.mlp(norm(x))
+
+    def forward(self, x, ve, cos_sin, window, kv_cache=None, mask=None, compiled=None):
+        """(B, T, C) -> (B, T, C); compiled: forms of `before`, `after` and SOFTMAX_KERNELS; for the rest see above."""
+        before, after, softmax = compiled or (Block.before, Block.after, None)
+        q, k, v = before(self, x, ve, cos_sin)
+        return after(self, x, self.attn.attend(q, k, v, window, kv_cache, mask, softmax))
 
 # -----------------------------------------------------------------------------
 # Head and loss in chunks: the full (B, T, V) logits never exist in training
@@ -367,8 +392,8 @@ class GPT(nn.Module):
         at = first + torch.arange(T, device=self.cos.device) # (B, T)
         return self.cos[0, at], self.sin[0, at]
 
-    def _hidden(self, idx, kv_cache, block_fn, bos_id=None):
-        """(B, T) ids -> (B, T, C), normalised, before the head."""
+    def _hidden(self, idx, kv_cache, block_fn, bos_id=None, layers=None):
+        """(B, T) ids -> (B, T, C), normalised, before the head; `layers` to run, None: all."""
         dtype = self.compute_dtype or self.transformer.wte.weight.dtype
         if kv_cache is not None:
             kv_cache.ensure(dtype)
@@ -384,12 +409,12 @@ class GPT(nn.Module):
             masks = {window: window_mask(idx.size(1), window, idx.device, dtype) for window in set(self.window_sizes)}
         cos_sin = self._rotary_rows(idx.size(1), kv_cache, starts)
         x = x0 = norm(self.transformer.wte(idx).to(dtype))
-        for i, block in enumerate(self.transformer.h):
+        for i in range(self.config.n_layer) if layers is None else layers:
             if self.resid_lambdas is not None:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
             window = self.window_sizes[i]
-            x = block_fn(block, x, ve, cos_sin, window, kv_cache, masks.get(window))
+            x = block_fn(self.transformer.h[i], x, ve, cos_sin, window, kv_cache, masks.get(window))
         if kv_cache is not None:
             kv_cache.advance(idx.size(1))
         return norm(x)
@@ -409,10 +434,7 @@ class GPT(nn.Module):
         head = self.lm_head.weight[:self.config.vocab_size] # padding rows never take part
         if targets is None:
             return self._logits(self._hidden(idx, kv_cache, Block.forward, bos_id))
-        block_fn = self.block_fn
-        if self.recompute and torch.is_grad_enabled(): # nothing is random, so it comes out the same
-            block_fn = functools.partial(checkpoint, block_fn, use_reentrant=False, preserve_rng_state=False)
-        x = self._hidden(idx, kv_cache, block_fn, bos_id)
+        x = self._hidden(idx, kv_cache, self._training_block(), bos_id)
         x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
         if loss_reduction == "none" or not torch.is_grad_enabled():
             losses_fn = self.losses_fn
@@ -425,6 +447,24 @@ class GPT(nn.Module):
         if loss_reduction in ("none", "sum"):
             return loss
         return loss / (targets != -1).sum()
+
+    def _training_block(self):
+        """What runs a block in training: compiled or not, keeping what is in it or making that again later."""
+        if self.recompute and torch.is_grad_enabled(): # nothing is random, so it comes out the same
+            return functools.partial(checkpoint, self.block_fn, use_reentrant=False, preserve_rng_state=False)
+        return self.block_fn
+
+    def warm_up(self, rows, seq_len=None, bos_id=None):
+        """
+        Forward and backward of one layer of each kind and of one chunk of the loss: all that training compiles, in the
+        shapes of `rows` rows of seq_len tokens (None: the context), in a fraction of a step. Adds to the gradients.
+        """
+        ids = torch.zeros((rows, seq_len or self.config.sequence_len), dtype=torch.long, device=self.get_device())
+        kinds = {(str(i) in self.value_embeds, window): i for i, window in enumerate(self.window_sizes)}
+        x = self._hidden(ids, None, self._training_block(), bos_id, sorted(kinds.values())).flatten(0, 1)
+        V, size = self.config.vocab_size, chunk_rows(self.config.vocab_size, x.device.type)
+        x = x[:size + len(x) % size] # a whole chunk, and one like the last
+        SummedLoss.apply(x, self.lm_head.weight, V, ids.flatten()[:len(x)], self.loss_kernels).backward()
 
     def logits_at(self, idx, at, kv_cache=None):
         """
@@ -577,8 +617,7 @@ def memory_forecast(config, rows, device_type="cuda", dtype_bytes=2, world_size=
     layer, inputs = (tokens * dtype_bytes * size for size in (16 * C + 3.5 * kv_dim, 2 * C + 0.5 * kv_dim))
     kept = layer + (L - 1) * (inputs if recompute else layer) + tokens * C * (4 + 2 * dtype_bytes)
     short = device_type == "cpu" and config.sequence_len <= 1024
-    score_bytes = 6 if dtype_bytes == 2 else 4 # in fp32 for the softmax, in bf16 for the product with v
-    kept_scores = tokens * config.n_head * 0.625 * config.sequence_len * score_bytes * short
+    kept_scores = tokens * config.n_head * 0.625 * config.sequence_len * dtype_bytes * short
     head = config.vocab_size * C * 8 # the gradient of a chunk, their sum in fp32, and in bf16 a copy of the weights
     logits = min(tokens, chunk_rows(config.vocab_size, device_type)) * config.vocab_size
     parts = {
@@ -586,7 +625,7 @@ def memory_forecast(config, rows, device_type="cuda", dtype_bytes=2, world_size=
         "gradients": weights,
         "optimizer state": (2 * (weights - 4 * matrices) + 4 * matrices) // world_size, # AdamW two moments, Muon one
         "activations": int(kept),
-        "attention's probabilities": int(kept_scores) * (1 if recompute else L), # see flash_attention._use_products
+        "attention's probabilities": int(kept_scores) * (1 if recompute else L), # see flash_attention.use_products
         "bf16 copies of matrices": 2 * matrices // (L if recompute else 1) if dtype_bytes == 2 else 0,
         "loss, or backward of a block": max(head + logits * dtype_bytes, tokens * dtype_bytes * 10 * C),
         "optimizer step": 28 * 4 * C * C * L // world_size + 4 * matrices * (world_size > 1), # stacks of Muon's groups

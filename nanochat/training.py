@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from nanochat.common import (UserError, atomic_write, dist_timeout, finite, get_peak_flops, is_ddp_initialized,
                              is_ddp_requested, print0)
-from nanochat.flash_attention import load_kernels
+from nanochat.flash_attention import SOFTMAX_KERNELS
 from nanochat.gpt import LOSS_KERNELS, Block, memory_forecast, token_losses
 
 # What a base model is asked to continue, to see at a glance what it has learned.
@@ -251,23 +251,24 @@ def check_weights(model, step):
             raise UserError(f"the weights of {name} are not finite after {step} steps, {DIVERGED}")
 
 
-def compile_model(model, mode, warm_up):
+def compile_model(model, mode, rows, seq_len=None, bos_id=None):
     """
-    Compile the blocks and the loss of `model` and run `warm_up()` once; says in one line what was done.
+    Compile the blocks and the loss of `model`, and warm them up; says in one line what was done.
 
-    mode     "on", "off", or "auto": on wherever it works, else eager with the reason
-    warm_up  a forward and backward of the real shapes; gradients are dropped afterwards
-    One compiled block serves all layers of its kind, so the first step does not wait for a whole-model graph.
+    mode                   "on", "off", or "auto": on wherever it works, else eager with the reason
+    rows, seq_len, bos_id  the shapes and the kind of rows that come, see GPT.warm_up; gradients are dropped afterwards
+    What is compiled of a block serves all layers of its kind, so the first step does not wait for a whole-model graph.
     """
     if mode == "off":
         return "Compile: off (--compile off)"
     start = time.time()
-    load_kernels()
-    model.block_fn = torch.compile(Block.forward, dynamic=False)
+    before, after = (torch.compile(part, dynamic=False) for part in (Block.before, Block.after))
+    softmax = tuple(torch.compile(kernel, dynamic=True) for kernel in SOFTMAX_KERNELS) # for blocks of any size
+    model.block_fn = functools.partial(Block.forward, compiled=(before, after, softmax))
     model.losses_fn = torch.compile(token_losses, dynamic=False)
     model.loss_kernels = tuple(torch.compile(kernel, dynamic=False) for kernel in LOSS_KERNELS)
     try:
-        warm_up()
+        model.warm_up(rows, seq_len, bos_id)
         return f"Compile: blocks and loss compiled in {time.time() - start:.1f} s"
     except Exception as error: # no C++ compiler, an unsupported device, a missing header: eager computes the same
         model.block_fn, model.losses_fn, model.loss_kernels = Block.forward, token_losses, LOSS_KERNELS

@@ -211,7 +211,7 @@ def make_model(args, compute, vocab_size):
         print0(f"Total batch size: {args.total_batch_size:,} tokens (auto: by the length of the run)")
     if args.device_batch_size == "auto":
         args.device_batch_size = fitting_rows(model, grad_accum_steps(
-            args.total_batch_size, 1, args.max_seq_len, compute.ddp_world_size), compute, partial(warm_up, model))
+            args.total_batch_size, 1, args.max_seq_len, compute.ddp_world_size), compute, partial(probe, model))
     return model, training_horizon(*horizon)
 
 
@@ -226,7 +226,7 @@ def preflight(args):
     print_plan(args, model, compute, num_steps)
     accum_steps = grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len,
                                    compute.ddp_world_size)
-    compiled = compile_model(model, args.compile, lambda: warm_up(model, args.device_batch_size))
+    compiled = compile_model(model, args.compile, args.device_batch_size)
     optimizer = build_optimizer(model, args, num_steps)
     num_saved = args.keep_last if args.keep_last > 0 else 1 + num_steps // args.save_every * (args.save_every > 0)
 
@@ -246,8 +246,8 @@ def preflight(args):
     return failed
 
 
-def warm_up(model, rows):
-    """A forward and backward of the real shapes, for the compiler, or to see whether the memory is enough."""
+def probe(model, rows):
+    """A forward and backward of the real shapes, to see whether the memory is enough."""
     ids = torch.zeros((rows, model.config.sequence_len), dtype=torch.long, device=model.get_device())
     model(ids, ids, loss_reduction="sum").backward()
 
@@ -496,7 +496,7 @@ def main(argv=None):
         return
     accum_steps = grad_accum_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len,
                                    compute.ddp_world_size)
-    print0(compile_model(model, args.compile, lambda: warm_up(model, args.device_batch_size)))
+    print0(compile_model(model, args.compile, args.device_batch_size))
     warn_of_changes((meta or {}).get("lineage", {}), lineage(tokenizer, args, compute, model))
     run = Run(args, compute, tokenizer, model, optimizer, folder, meta, lanes)
     metrics = train(run, batches, num_steps, accum_steps)

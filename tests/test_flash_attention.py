@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nanochat.flash_attention as fa
-from nanochat.flash_attention import flash_attn
+from nanochat.flash_attention import SOFTMAX_KERNELS, flash_attn, products_attention, use_products
 
 
 @pytest.fixture
@@ -111,11 +111,11 @@ def test_gradients_equal_those_of_the_loops():
 @pytest.mark.parametrize("left", [0, 1, 17, 63, 64, 100, 127, 128, 198, 199, 255])
 @pytest.mark.parametrize("num_kv_heads", [4, 1])
 @pytest.mark.parametrize("products", [False, True], ids=["sdpa", "products"])
-def test_blocks_equal_one_mask_over_all(T, left, num_kv_heads, products, monkeypatch):
+def test_blocks_equal_one_mask_over_all(T, left, num_kv_heads, products):
     """Values and gradients, against torch's attention under the T x T mask of the window."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: products)
     q, k, v = (x.requires_grad_() for x in qkv(Tq=T, Tk=T, K=num_kv_heads))
-    y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
+    y = products_attention(q, k, v, left, None, SOFTMAX_KERNELS) if products else \
+        flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
     distance = torch.arange(T)[:, None] - torch.arange(T)
     masked = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=(distance >= 0) & (distance <= left), enable_gqa=True)
@@ -127,32 +127,60 @@ def test_blocks_equal_one_mask_over_all(T, left, num_kv_heads, products, monkeyp
 
 
 @pytest.mark.parametrize("left", [-1, 30, 200])
-def test_products_of_packed_documents_equal_sdpa(left, monkeypatch):
-    q, k, v = (x.requires_grad_() for x in qkv(Tq=150, Tk=150))
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_products_of_packed_documents_equal_sdpa(left, num_kv_heads):
+    q, k, v = (x.requires_grad_() for x in qkv(Tq=150, Tk=150, K=num_kv_heads))
     starts = (torch.arange(150) // 40 * 40).expand(2, 150)
-    mask, weights, found = fa.document_mask(starts, (left, 0), torch.float64), torch.randn(2, 150, 4, 8).double(), []
-    for products in (False, True):
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: products)
-        y = flash_attn.masked_attn_func(q, k, v, mask)
-        found.append((y, *torch.autograd.grad((y * weights).sum(), (q, k, v))))
+    mask, weights = fa.document_mask(starts, (left, 0), torch.float64), torch.randn(2, 150, 4, 8).double()
+    found = [(y, *torch.autograd.grad((y * weights).sum(), (q, k, v)))
+             for y in (flash_attn.masked_attn_func(q, k, v, mask),
+                       products_attention(q, k, v, left, mask, SOFTMAX_KERNELS))]
     for by_sdpa, by_products in zip(*found):
         torch.testing.assert_close(by_products, by_sdpa, atol=1e-12, rtol=0)
 
 
-def test_products_are_for_short_rows_in_compiled_training_on_a_cpu(monkeypatch):
-    q, k, v = (torch.randn(1, 128, 2, 32, requires_grad=True) for _ in range(3))
-    used = []
-    monkeypatch.setattr(fa, "_products_in_blocks", lambda q, k, v, *rest: used.append(q.shape) or q)
-    def attend(q):
-        return flash_attn.flash_attn_func(q, q, q, causal=True, window_size=(-1, 0))
-    attend(q)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+def test_products_in_bf16_are_as_exact_as_sdpa():
+    """The error of values and gradients against float64, with scores of a size that training sees."""
+    exact = [x.requires_grad_() for x in qkv(Tq=512, Tk=512, H=2, K=2, D=64)]
+    coarse = [x.detach().bfloat16().requires_grad_() for x in exact]
+    for x, rounded in zip(exact, coarse):
+        x.data.copy_(rounded)
+    weights, errors = torch.randn(2, 512, 2, 64), []
+    def run(attend, inputs):
+        y = attend(*inputs)
+        return y, *torch.autograd.grad((y * weights.to(y.dtype)).sum(), inputs)
+    def products(q, k, v):
+        return products_attention(q, k, v, 256, None, SOFTMAX_KERNELS)
+    def sdpa(q, k, v):
+        return flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(256, 0))
+    wanted = run(sdpa, exact)
+    for attend in (sdpa, products):
+        errors.append([((x - w).norm() / w.norm()).item() for x, w in zip(run(attend, coarse), wanted)])
+    assert all(ours < 1.5 * theirs + 1e-3 for theirs, ours in zip(*errors)), errors
+
+
+def test_products_are_for_short_rows_in_training_on_a_cpu():
+    q = torch.randn(1, 128, 2, 32)
+    assert use_products(q, -1) and use_products(q, 64)
+    assert not use_products(torch.randn(1, 1100, 1, 8), -1) and use_products(torch.randn(1, 1100, 1, 8), 512)
+    assert not use_products(q.to("meta"), -1)
     with torch.no_grad():
-        attend(q)
-    attend(torch.randn(1, 1100, 1, 8, requires_grad=True))
-    assert used == []
-    attend(q)
-    assert used == [q.shape]
+        assert not use_products(q, -1)
+
+
+@pytest.mark.slow # compiles
+@pytest.mark.filterwarnings("ignore") # torch's compiler warns about torch's own ways
+def test_compiled_kernels_serve_blocks_of_all_sizes():
+    kernels = tuple(torch.compile(kernel, dynamic=True) for kernel in SOFTMAX_KERNELS)
+    torch._dynamo.utils.counters.clear()
+    for T, left in ((300, -1), (300, 100), (300, 7), (128, -1)):
+        q, k, v = (x.requires_grad_() for x in qkv(Tq=T, Tk=T, H=2))
+        weights = torch.randn_like(q)
+        outputs = [products_attention(q, k, v, left, None, kind) for kind in (SOFTMAX_KERNELS, kernels)]
+        plain, compiled = ((y, *torch.autograd.grad((y * weights).sum(), (q, k, v))) for y in outputs)
+        for one, other in zip(compiled, plain):
+            torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one forward, one backward"
 
 
 @pytest.mark.parametrize("T, left", [(1024, 64), (2048, 256), (2048, 1024)])
