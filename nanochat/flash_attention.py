@@ -299,7 +299,7 @@ def products_attention(q, k, v, left, mask, kernels):
     """
     Causal attention of T queries over T keys in a window; q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D).
 
-    mask     (B, 1, T, T), added to the scores; or None
+    mask     (B, 1, T, T), added to the scores, causal and with the window in it; or None
     kernels  SOFTMAX_KERNELS, compiled or not
     """
     copies, heads = q.size(2) // k.size(2), (q.size(0), q.size(2))
@@ -312,14 +312,16 @@ def masked_softmax(scores, scale, left, mask):
     """
     Probabilities of scores (N, Tq, Tk), in their dtype, by sums in at least fp32; scaled first.
 
-    The last query stands at the last key. Each sees `left` keys before its own; a mask (B, 1, Tq, Tk) is added.
+    mask  (B, 1, Tq, Tk), added; None: the last query stands at the last key, and each sees `left` keys before its own
     """
     scores, dtype = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale, scores.dtype
-    if mask is not None:
+    if mask is None:
+        q_len, k_len = scores.shape[1:] # no offset as an argument: a compiler would make another kernel for its value 0
+        visible = _window_mask(q_len, k_len, k_len - q_len, left, 0, scores.device)
+        scores = scores.masked_fill(~visible, -torch.inf)
+    else:
         scores = (scores.unflatten(0, (mask.size(0), -1)) + mask).flatten(0, 1)
-    q_len, k_len = scores.shape[1:] # no offset as an argument: a compiler would make another kernel for its value 0
-    visible = _window_mask(q_len, k_len, k_len - q_len, left, 0, scores.device)
-    return scores.masked_fill(~visible, -torch.inf).softmax(-1).to(dtype)
+    return scores.softmax(-1).to(dtype)
 
 
 def softmax_gradient(probs, grad, scale):
