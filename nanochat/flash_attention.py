@@ -344,24 +344,25 @@ class ProductsAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, left, mask, kernels):
-        T, scale, y, kept = q.size(1), q.size(-1)**-0.5, torch.empty_like(v), []
+        softmax, ctx.softmax_gradient = kernels
+        T, ctx.scale, y, kept = q.size(1), q.size(-1)**-0.5, torch.empty_like(v), []
         left = T if left < 0 else min(left, T)
         size = max(64, left // 4)
+        # From the last on: a compiler that saw the square first one first would make another kernel for the others.
         ctx.blocks = [(slice(start, min(start + size, T)), slice(max(0, start - left), min(start + size, T)))
-                      for start in range(0, T, size)]
-        for rows, keys in ctx.blocks[::-1]:
+                      for start in reversed(range(0, T, size))]
+        for rows, keys in ctx.blocks:
             part = None if mask is None else mask[:, :, rows, keys]
-            kept.append(kernels[0](q[:, rows] @ k[:, keys].mT, scale, left, part))
+            kept.append(softmax(q[:, rows] @ k[:, keys].mT, ctx.scale, left, part))
             y[:, rows] = kept[-1] @ v[:, keys]
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.scale, ctx.softmax_gradient = scale, kernels[1]
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
         q, k, v, *kept = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for probs, (rows, keys) in zip(kept, ctx.blocks[::-1]):
+        for probs, (rows, keys) in zip(kept, ctx.blocks):
             of_scores = ctx.softmax_gradient(probs, grad_y[:, rows] @ v[:, keys].mT, ctx.scale)
             grad_q[:, rows] = of_scores @ k[:, keys]
             grad_k[:, keys].baddbmm_(of_scores.mT, q[:, rows])
