@@ -15,7 +15,7 @@ series="${1:-${SERIES_NAME:-$(date +%F)}}"
 case "$SIZE" in
 gpu) depths="$(seq -s ' ' 10 20)" ratio=10.5 ;;
 cpu-3min) depths="1 2 3" ratio=4 ;;
-cpu-20min) depths="1 2 3 4" ratio=10.5 ;;
+cpu-20min) depths="1 2 3 4" ratio=7 ;;
 esac
 read -ra depths <<< "${DEPTHS:-$depths}"
 echo "series $series: depths ${depths[*]}"

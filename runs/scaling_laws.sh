@@ -18,7 +18,7 @@ gpu)
     flags+=(--eval-tokens=$((100 * 524288)))
     ;;
 cpu-3min) budgets="3e11 1e12" depths="1 2 3 4" ;;
-cpu-20min) budgets="1e12 2e12 5e12" depths="1 2 3 4 5" ;;
+cpu-20min) budgets="5e11 1e12 2e12" depths="1 2 3 4 5" ;;
 esac
 read -ra budgets <<< "${BUDGETS:-$budgets}"
 read -ra depths <<< "${DEPTHS:-$depths}"
