@@ -1,7 +1,7 @@
 """
 Peak memory of a training step against the plain reference.
 
-    python -m dev.bench_memory                      depth 6, V 32,768, 32 rows of 512 tokens: about 4 minutes
+    python -m dev.bench_memory                      depth 6, V 32,768, 32 rows of 512 tokens: about 3 minutes
     python -m dev.bench_memory --device-batch-size 4
 
 Each of the two takes --steps whole steps in a process of its own, with a compiler cache of its own, which is empty; in
@@ -43,14 +43,14 @@ def run_alone(who, argv):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(key, steps, doc, argv=None):
+def compare(key, steps, turns, doc, argv=None):
     """A whole benchmark: measure both as the flags say, print both, and last the ratio of their `key` as JSON."""
     from dev.bench_train import add_shape_flags
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=doc.strip().split("\n")[0])
     add_shape_flags(parser, depth=6, vocab_size=32768, batch_size=32, device_batch_size=32)
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=turns)
     parser.add_argument("--only", choices=["ours", "reference"], help="measure this process and no other")
     args = parser.parse_args(argv)
     if args.only:
@@ -69,4 +69,4 @@ def compare(key, steps, doc, argv=None):
 
 
 if __name__ == "__main__":
-    run_main(lambda: compare("MiB", 2, __doc__))
+    run_main(lambda: compare("MiB", 2, 1, __doc__))

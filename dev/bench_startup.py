@@ -11,4 +11,4 @@ from dev.bench_memory import compare
 from nanochat.common import run_main
 
 if __name__ == "__main__":
-    run_main(lambda: compare("first_step", 1, __doc__))
+    run_main(lambda: compare("first_step", 1, 2, __doc__))

@@ -187,14 +187,19 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def before(self, x, ve, cos_sin):
+        """Queries, keys and values of x (B, T, C), see CausalSelfAttention.project."""
         return self.attn.project(norm(x), ve, cos_sin)
 
     def after(self, x, y):
+        """What the block makes of its input x (B, T, C) and of what attention gave, y (B, T, H, D)."""
         x = x + self.attn.c_proj(y.flatten(2))
         return x + self.mlp(norm(x))
 
     def forward(self, x, ve, cos_sin, window, kv_cache=None, mask=None, compiled=None):
-        """(B, T, C) -> (B, T, C); compiled: forms of `before`, `after` and SOFTMAX_KERNELS; for the rest see above."""
+        """
+        (B, T, C) -> (B, T, C); compiled: forms of `before`, `after` and SOFTMAX_KERNELS, or None; for the rest see
+        CausalSelfAttention.
+        """
         before, after, softmax = compiled or (Block.before, Block.after, None)
         q, k, v = before(self, x, ve, cos_sin)
         return after(self, x, self.attn.attend(q, k, v, window, kv_cache, mask, softmax))

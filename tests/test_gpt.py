@@ -1,4 +1,5 @@
 """The model against the numbers of its specification, a naive reference in float64, and transformers' own class."""
+import functools
 import math
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.engine import KVCache
+from nanochat.flash_attention import SOFTMAX_KERNELS, products_attention
 from nanochat.gpt import (GPT, Block, GPTConfig, Linear, apply_rotary_emb, config_of_depth, count_params,
                           flops_per_token, has_ve, memory_forecast, norm)
 from nanochat.training import compile_model
@@ -205,6 +207,31 @@ def test_packed_documents_are_computed_as_if_each_stood_alone(lengths, pattern, 
             assert (grad - wanted).norm() <= 1e-9 * wanted.norm() + 1e-12
     if any(1 < len(row) < 16 for row in lengths): # 16 documents of the same one token see no difference
         assert abs(model(ids, targets, loss_reduction="sum").item() - expected.item()) > 1e-3, "it does matter"
+
+
+@pytest.mark.parametrize("bos_id", [None, 0])
+def test_products_in_training_change_no_number(bos_id, monkeypatch):
+    """The block's way through products_attention, not compiled, against the plain one, in float64."""
+    model, ids = small("SL", n_kv_head=2).double(), torch.randint(0, 5, (4, 16))
+    model.rotary_dtype = torch.float64
+    model.init_rotary()
+    def run():
+        model.zero_grad()
+        loss = model(ids, ids, bos_id=bos_id)
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+    def spy(*args):
+        calls.append(1)
+        return products_attention(*args)
+    calls, plain = [], run()
+    monkeypatch.setattr("nanochat.gpt.products_attention", spy)
+    model.block_fn = functools.partial(Block.forward, compiled=(Block.before, Block.after, SOFTMAX_KERNELS))
+    for one, other in zip(run(), plain):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
+    assert len(calls) == model.config.n_layer
+    with torch.no_grad():
+        model(ids, ids, bos_id=bos_id)
+    assert len(calls) == model.config.n_layer, "evaluation takes torch's attention"
 
 
 @pytest.mark.slow # compiles
